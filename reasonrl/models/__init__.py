@@ -1,0 +1,13 @@
+"""Networks. One file per family; this table is read by `train` alone.
+
+A model is a frozen dataclass of its switches with
+
+    init(key) -> params                      nested dict, per-layer leaves; heads in params['heads']
+    hidden(params, tokens_BT | embeds_BTD, positions_BT, segments_BT, cache) -> (hidden_BTD, cache)
+    head(params) -> W_VD                     with `logit_scale` and `final_softcap` as attributes
+    init_cache(rows, size), sharding_rules, vocab_size, max_position, compute_dtype
+"""
+
+from reasonrl.models import decoder
+
+MODELS = {'decoder': decoder.Decoder}

@@ -1,0 +1,342 @@
+"""One decoder-only transformer whose switches cover the Llama family and its relatives.
+
+1. embed tokens (or take embeddings), 2. N blocks: norm, attention with rotary positions, norm, gated
+MLP, each added to the residual stream, 3. a final norm. Logits are never formed here: the loss and the
+sampler take the hidden states and `head(params)`.
+
+Parameters are a plain nested dict with one subtree per layer, whatever the platform; with
+`scan_layers` they are stacked at trace time. Weights are [out, in].
+
+Flax Linen declares parameters (name, shape, initialiser) in `_Block` and does nothing else.
+Left out on purpose: dropout, mutable collections, scaled rotary positions, local rotary bases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from reasonrl import ops, records
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def rms_norm(x, scale, eps: float, plus_one: bool):
+  """x / sqrt(mean(x^2) + eps) * scale (or 1 + scale), in float32 (arXiv 1910.07467)."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  scale = scale.astype(jnp.float32) + (1.0 if plus_one else 0.0)
+  return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+def rotary(x_BTHC, positions_BT, theta: float):
+  """Rotary position embedding (arXiv 2104.09864), half-split layout: (x_i, x_{i + C/2}) is a pair."""
+  half = x_BTHC.shape[-1] // 2
+  frequency = jnp.asarray(theta, jnp.float32) ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def visible(positions_BT, segments_BT, window: int | None):
+  """bool [B, T, T]: within a segment, not in the future, at most window - 1 tokens back."""
+  T = positions_BT.shape[1]
+  see = segments_BT[:, :, None] == segments_BT[:, None, :]
+  see &= (jnp.arange(T)[:, None] >= jnp.arange(T)[None, :])[None]
+  if window is not None:
+    see &= positions_BT[:, :, None] - positions_BT[:, None, :] < window
+  return see
+
+
+def visible_slots(positions_BT, slots: int, window: int | None):
+  """bool [B, T, S] against a cache whose slot s holds the token at position s."""
+  slot = jnp.arange(slots)[None, None, :]
+  see = slot <= positions_BT[:, :, None]
+  if window is not None:
+    see &= positions_BT[:, :, None] - slot < window
+  return see
+
+
+def write_cache(cache_BKSC, new_BKTC, positions_BT, segments_BT):
+  """Put token t of row b into slot positions[b, t]; segment 0 is not written."""
+  if new_BKTC.shape[2] == 1:
+    # One token per row: in place on every platform. A finished row rewrites its last token's slot.
+    put = lambda cache, new, slot: jax.lax.dynamic_update_slice(cache, new, (0, slot, 0))  # noqa: E731
+    return jax.vmap(put)(cache_BKSC, new_BKTC, positions_BT[:, 0])
+  slots = jnp.where(segments_BT > 0, positions_BT, cache_BKSC.shape[2])
+  put = lambda cache, new, slot: cache.at[:, slot].set(new, mode='drop')  # noqa: E731
+  return jax.vmap(put)(cache_BKSC, new_BKTC, slots)
+
+
+class _Block(nn.Module):
+  """One layer; `cfg` is the Decoder."""
+
+  cfg: Any
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, segments_BT, see_BTS, cache):
+    cfg = self.cfg
+    norm = lambda name: _Norm(cfg, cfg.width, name=name)  # noqa: E731
+    h = norm('attn_norm')(x_BTD)
+    h, cache = _Attention(cfg, name='attn')(h, positions_BT, segments_BT, see_BTS, cache)
+    x_BTD = x_BTD + (norm('post_attn_norm')(h) if cfg.post_norms else h)
+    h = _Mlp(cfg, name='mlp')(norm('mlp_norm')(x_BTD))
+    return x_BTD + (norm('post_mlp_norm')(h) if cfg.post_norms else h), cache
+
+
+class _Linear(nn.Module):
+  cfg: Any
+  features: int
+  inputs: int
+  gain: float
+  bias: bool
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    init = nn.initializers.normal(self.gain * self.inputs**-0.5)
+    weight = self.param('weight', init, (self.features, self.inputs), jnp.dtype(cfg.param_dtype))
+    y = ops.dense(x, weight, jnp.dtype(cfg.compute_dtype))
+    if self.bias:
+      b = self.param('bias', nn.initializers.zeros, (self.features,), jnp.dtype(cfg.param_dtype))
+      y = y + jnp.expand_dims(b.astype(y.dtype), tuple(range(y.ndim - 1)))
+    return y
+
+
+class _Norm(nn.Module):
+  cfg: Any
+  size: int
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    init = nn.initializers.zeros if cfg.norm_plus_one else nn.initializers.ones
+    scale = self.param('scale', init, (self.size,), jnp.dtype(cfg.param_dtype))
+    return rms_norm(x, scale, cfg.norm_eps, cfg.norm_plus_one)
+
+
+class _Attention(nn.Module):
+  """Grouped-query attention (arXiv 2305.13245) with rotary positions and an optional cache."""
+
+  cfg: Any
+
+  @nn.compact
+  def __call__(self, h_BTD, positions_BT, segments_BT, see_BTS, cache):
+    cfg, (B, T, D) = self.cfg, h_BTD.shape
+    H, K, C = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    linear = lambda n, name: _Linear(cfg, n * C, D, 1.0, cfg.qkv_bias, name=name)  # noqa: E731
+    q = linear(H, 'q')(h_BTD).reshape(B, T, H, C)
+    k = linear(K, 'k')(h_BTD).reshape(B, T, K, C)
+    v = linear(K, 'v')(h_BTD).reshape(B, T, K, C)
+    if cfg.qk_norm:
+      q, k = _Norm(cfg, C, name='q_norm')(q), _Norm(cfg, C, name='k_norm')(k)
+    q, k = rotary(q, positions_BT, cfg.rope_theta), rotary(k, positions_BT, cfg.rope_theta)
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if cache is not None:
+      keys = write_cache(cache[0], keys, positions_BT, segments_BT)
+      values = write_cache(cache[1], values, positions_BT, segments_BT)
+      cache = (keys, values)
+    scale = C**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+    out = ops.attention(q.swapaxes(1, 2), keys, values, see_BTS, scale, cfg.attention_softcap)
+    out = out.swapaxes(1, 2).reshape(B, T, H * C)
+    return _Linear(cfg, D, H * C, cfg.residual_init, False, name='o')(out), cache
+
+
+class _Mlp(nn.Module):
+  """down(activation(gate x) * up x)   (arXiv 2002.05202)."""
+
+  cfg: Any
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    gate = _Linear(cfg, cfg.mlp_width, cfg.width, 1.0, False, name='gate')(x)
+    up = _Linear(cfg, cfg.mlp_width, cfg.width, 1.0, False, name='up')(x)
+    h = ACTIVATIONS[cfg.activation](gate) * up
+    return _Linear(cfg, cfg.width, cfg.mlp_width, cfg.residual_init, False, name='down')(h)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+  """The switches. Which family sets which: see `configs/common.py`."""
+
+  vocab_size: int
+  num_layers: int
+  width: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_width: int
+  activation: str
+  qkv_bias: bool
+  qk_norm: bool
+  norm_plus_one: bool
+  post_norms: bool
+  embed_scale: bool  # multiply embeddings by sqrt(width)
+  attention_scale: float | None  # None: head_dim ** -0.5
+  attention_softcap: float | None
+  final_softcap: float | None
+  sliding_window: int | None
+  sliding_window_pattern: int  # every n-th layer sees everything; 0: every layer is windowed
+  rope_theta: float
+  tied_embeddings: bool
+  norm_eps: float
+  max_position: int
+  scan_layers: bool
+  remat: bool
+  param_dtype: str
+  compute_dtype: str
+
+  logit_scale = 1.0
+  # Output matrices shrink with depth so that the residual stream's variance does not grow with it.
+  residual_init = property(lambda self: (2 * self.num_layers) ** -0.5)
+
+  sharding_rules = (
+    (r'embed/weight|heads/lm/weight', ('tensor', 'fsdp')),
+    (r'(attn/[qkv]|mlp/gate|mlp/up)/weight', ('tensor', 'fsdp')),
+    (r'(attn/o|mlp/down)/weight', ('fsdp', 'tensor')),
+    (r'bias|scale', ()),
+  )
+  # While decoding, weights are read once per token: a copy gathered over fsdp once per rollout.
+  decode_sharding_rules = (
+    (r'embed/weight|heads/lm/weight', ('tensor',)),
+    (r'(attn/[qkv]|mlp/gate|mlp/up)/weight', ('tensor',)),
+    (r'(attn/o|mlp/down)/weight', (None, 'tensor')),
+    (r'bias|scale', ()),
+  )
+
+  def __post_init__(self):
+    if self.activation not in ACTIVATIONS:
+      raise records.UserError(
+        f'model.activation={self.activation!r} is not one of {sorted(ACTIVATIONS)}'
+      )
+    if self.num_heads % self.num_kv_heads:
+      raise records.UserError(
+        f'model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}'
+      )
+    for name in ('param_dtype', 'compute_dtype'):
+      if getattr(self, name) not in ('float32', 'bfloat16'):
+        raise records.UserError(
+          f"model.{name}={getattr(self, name)!r} is not one of 'float32', 'bfloat16'"
+        )
+
+  def init(self, key) -> dict:
+    """Fresh parameters in `param_dtype`."""
+    dtype = jnp.dtype(self.param_dtype)
+    keys = jax.random.split(key, self.num_layers + 2)
+    x, ids = jnp.zeros((1, 1, self.width)), jnp.zeros((1, 1), jnp.int32)
+    see = jnp.ones((1, 1, 1), bool)
+    table = lambda key, std: std * jax.random.normal(key, (self.vocab_size, self.width))  # noqa: E731
+    params = {
+      'embed': {'weight': table(keys[0], 0.02).astype(dtype)},
+      'layers': {
+        self._layer(i): _Block(self).init(keys[i + 2], x, ids, ids, see, None)['params']
+        for i in range(self.num_layers)
+      },
+      'final_norm': _Norm(self, self.width).init(keys[0], x)['params'],
+      'heads': {},
+    }
+    if not self.tied_embeddings:
+      params['heads']['lm'] = {'weight': table(keys[1], self.width**-0.5).astype(dtype)}
+    return params
+
+  def head(self, params):
+    """Output matrix W_VD."""
+    holder = params['embed'] if self.tied_embeddings else params['heads']['lm']
+    return holder['weight']
+
+  def init_cache(self, rows: int, size: int):
+    """Zeroed keys and values: one ([B,K,S,C], [B,K,S,C]) per layer; stacked on axis 0 if scanned."""
+    shape = (rows, self.num_kv_heads, size, self.head_dim)
+    dtype = jnp.dtype(self.compute_dtype)
+    if self.scan_layers:
+      return tuple(jnp.zeros((self.num_layers, *shape), dtype) for _ in range(2))
+    zeros = lambda: jnp.zeros(shape, dtype)  # noqa: E731
+    return tuple((zeros(), zeros()) for _ in range(self.num_layers))
+
+  def hidden(self, params, inputs, positions_BT, segments_BT, cache=None):
+    """Final hidden states.
+
+    Args:
+      params: as from `init`.
+      inputs: tokens_BT (integers) or embeds_BTD.
+      positions_BT: int32, restart at 0 in every segment; with a cache, the slots to write.
+      segments_BT: int32, 0 = padding. Tokens see only their own segment.
+      cache: None, or what `init_cache` or an earlier call returned. With a cache a row is one
+        sequence, slot s holds position s, and segment 0 is not written.
+
+    Returns:
+      hidden_BTD (compute dtype), cache (None if none was given).
+    """
+    dtype = jnp.dtype(self.compute_dtype)
+    if jnp.issubdtype(inputs.dtype, jnp.integer):
+      x = params['embed']['weight'][inputs].astype(dtype)
+      if self.embed_scale:
+        x = x * jnp.asarray(math.sqrt(self.width), dtype)
+    else:
+      x = inputs.astype(dtype)
+
+    def see(window):
+      if cache is None:
+        return visible(positions_BT, segments_BT, window)
+      return visible_slots(positions_BT, jax.tree.leaves(cache)[0].shape[-2], window)
+
+    masks = {window: see(window) for window in {self._window(i) for i in range(self.num_layers)}}
+    block = _Block(self).apply
+    if self.remat:
+      block = jax.checkpoint(block)
+    run = self._scanned if self.scan_layers else self._unrolled
+    x, cache = run(block, params['layers'], x, positions_BT, segments_BT, masks, cache)
+    norm = params['final_norm']['scale']
+    return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
+
+  def _unrolled(self, block, layers, x, positions_BT, segments_BT, masks, cache):
+    new = []
+    for i in range(self.num_layers):
+      old = None if cache is None else cache[i]
+      see = masks[self._window(i)]
+      x, kv = block({'params': layers[self._layer(i)]}, x, positions_BT, segments_BT, see, old)
+      new.append(kv)
+    return x, None if cache is None else tuple(new)
+
+  def _scanned(self, block, layers, x, positions_BT, segments_BT, masks, cache):
+    """lax.scan over layers stacked at trace time; the cache rides in the carry (not xs/ys: a copy)."""
+    if len(masks) > 1:
+      raise records.UserError('model.scan_layers needs the same attention window in every layer')
+    (see,) = masks.values()
+    stacked = jax.tree.map(
+      lambda *leaves: jnp.stack(leaves), *(layers[self._layer(i)] for i in range(self.num_layers))
+    )
+
+    def body(carry, layer):
+      x, cache = carry
+      i, weights = layer
+      old = None
+      if cache is not None:
+        old = tuple(jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in cache)
+      x, new = block({'params': weights}, x, positions_BT, segments_BT, see, old)
+      if cache is not None:
+        update = jax.lax.dynamic_update_index_in_dim
+        cache = tuple(update(c, n, i, 0) for c, n in zip(cache, new))
+      return (x, cache), None
+
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.num_layers), stacked))
+    return x, cache
+
+  def _window(self, layer: int) -> int | None:
+    n = self.sliding_window_pattern
+    return None if n and (layer + 1) % n == 0 else self.sliding_window
+
+  @staticmethod
+  def _layer(i: int) -> str:
+    return f'{i:02d}'

@@ -1,0 +1,56 @@
+"""The only door to the kernels: picks the back end and wraps `shard_map`. Models and the learner call these.
+
+On a mesh the scored tokens are split over all three axes, the head matrix is gathered once per call
+(not per chunk), and the gradient of the head is summed over the mesh once per call.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from reasonrl import sharding
+from reasonrl.kernels import attention as attention_kernel
+from reasonrl.kernels import dense as dense_kernel
+from reasonrl.kernels import policy_loss
+
+dense = dense_kernel.dense
+attention = attention_kernel.attention
+
+
+def token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows: int, mesh: Mesh):
+  """logp_M, entropy_M (float32): see `kernels.policy_loss.token_logps`. M divisible by the mesh."""
+  run = functools.partial(policy_loss.token_logps, form=form, rows=rows)
+  if mesh.size == 1:
+    return run(hidden_MD, head_VD, bias_V, targets_M)
+  tokens, whole = sharding.TOKENS, PartitionSpec()
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(tokens, whole, whole, tokens),
+    out_specs=(tokens, tokens),
+    check_vma=False,
+  )(hidden_MD, head_VD, bias_V, targets_M)
+
+
+def token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows: int, mesh: Mesh):
+  """(sum of fn over tokens, {metric: [M]}): see `kernels.policy_loss.token_loss`."""
+  if mesh.size == 1:
+    return policy_loss.token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows)
+
+  def local(hidden_MD, head_VD, bias_V, targets_M, aux):
+    loss, metrics = policy_loss.token_loss(
+      hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows
+    )
+    return jax.lax.psum(loss, sharding.AXES), metrics
+
+  tokens, whole = sharding.TOKENS, PartitionSpec()
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(tokens, whole, whole, tokens, tokens),
+    out_specs=(whole, tokens),
+    check_vma=False,
+  )(hidden_MD, head_VD, bias_V, targets_M, aux)

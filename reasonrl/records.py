@@ -1,0 +1,72 @@
+"""Records that cross the border between text and tensors: plain Python, no JAX.
+
+    Example     a problem, its answer and (for supervised learning) a worked solution
+    Completion  what the policy wrote for it
+    Score       what a reward says of that
+
+Rewards run in worker processes that never import JAX, so these types, the tasks and the rewards
+must stay importable without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+THINK_OPEN, THINK_CLOSE = '<think>', '</think>'
+ANSWER_OPEN, ANSWER_CLOSE = '<answer>', '</answer>'
+TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+
+
+class UserError(ValueError):
+  """Bad input from the user: one line that names the value and the choices. `main` prints it bare."""
+
+
+class Stop(enum.IntEnum):
+  """Why a row stopped growing. RUNNING never leaves the sampler."""
+
+  RUNNING = 0
+  EOS = 1  # one of the stop ids was sampled
+  LENGTH = 2  # the cap on new tokens, or the window, was reached
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One problem. (task, split, index) is its identity and reproduces it."""
+
+  task: str
+  split: str  # 'train' | 'test'
+  index: int  # position in the task's random-access stream
+  problem: str  # what the user asks, before any prompt template
+  answer: str  # the gold answer
+  solution: str | None  # a whole target completion, without EOS; None: the task has none
+  meta: dict[str, Any]  # JSON-able facts: difficulty, prompt augmentations, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """One sampled completion, as rewards see it."""
+
+  text: str  # decoded policy tokens, EOS removed, tags kept
+  token_ids: tuple[int, ...]  # what was sampled, EOS included
+  num_tokens: int  # len(token_ids)
+  think: str | None  # the text between the first <think> and the next </think>, None: no such span
+  stop: Stop
+  cap: int  # the largest num_tokens this completion could have had
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """What one reward says of one completion. `value` None: the reward does not apply here."""
+
+  value: float | None
+  parts: dict[str, float]  # named components, for the logs
+  token_values: tuple[float, ...] | None  # dense credit, one number per token of the completion
+
+
+def think_span(text: str) -> str | None:
+  """The text between the first <think> and the next </think>; None if there is no such pair."""
+  _, opened, rest = text.partition(THINK_OPEN)
+  span, closed, _ = rest.partition(THINK_CLOSE)
+  return span if opened and closed else None

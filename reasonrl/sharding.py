@@ -1,0 +1,117 @@
+"""Where arrays live: one mesh (data x fsdp x tensor), parameters placed by (regex, spec) rules.
+
+1. `make_mesh` builds the mesh, in this one place.
+2. `param_shardings` matches every parameter path against rules; an uncovered parameter is an error.
+3. Batches are split over data and fsdp; scored tokens over all three axes (see `ops`).
+4. `agree` makes a host decision the same on every process before device programs depend on it.
+
+`jax.jit` with `NamedSharding` is what used to be called pjit.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from reasonrl import records
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = PartitionSpec(('data', 'fsdp'))  # rows of a batch, slots of the sampler
+TOKENS = PartitionSpec(AXES)  # scored tokens
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+  """A mesh over all devices; one of the three sizes may be -1 (what is left).
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  sizes, devices = [data, fsdp, tensor], jax.device_count()
+  if sizes.count(-1) == 1:
+    rest = -math.prod(sizes)
+    sizes[sizes.index(-1)] = devices // rest if rest > 0 and devices % rest == 0 else 0
+  if min(sizes) < 1 or math.prod(sizes) != devices:
+    raise records.UserError(
+      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {devices} devices: '
+      'the three sizes must multiply to it (one may be -1)'
+    )
+  # Auto: make_mesh defaults to Explicit axes since jax 0.9, under which a product of two sharded
+  # operands raises a ShardingTypeError instead of letting the compiler place the collectives.
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def path_of(key_path) -> str:
+  """'layers/00/attn/q/weight' for a key path of jax.tree_util."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in key_path)
+
+
+def match(path: str, rules, what: str):
+  """The value of the first (regex, value) whose regex is found in the path.
+
+  Raises:
+    UserError: no rule covers the path.
+  """
+  for pattern, value in rules:
+    if re.search(pattern, path):
+      return value
+  patterns = [pattern for pattern, _ in rules]
+  raise records.UserError(f'{what}: parameter {path!r} is covered by none of {patterns}')
+
+
+def param_specs(params, rules, mesh: Mesh):
+  """PartitionSpec for every leaf; an axis whose size does not divide a dimension is left out there."""
+
+  def spec(key_path, leaf):
+    axes = match(path_of(key_path), rules, 'sharding rules')
+    if len(axes) > leaf.ndim:
+      raise records.UserError(
+        f'sharding rules: {axes} has more axes than {path_of(key_path)} of shape {leaf.shape}'
+      )
+    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape)]
+    return PartitionSpec(*fits)
+
+  return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def param_shardings(params, rules, mesh: Mesh):
+  """NamedSharding for every leaf of a parameter tree (arrays or ShapeDtypeStructs)."""
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec),
+    param_specs(params, rules, mesh),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """One whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_rows(tree, mesh: Mesh):
+  """Host arrays [B, ...] -> device arrays split over data and fsdp (B must be divisible)."""
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def row_multiple(mesh: Mesh) -> int:
+  """Batches must have a multiple of this many rows."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def fetch(tree):
+  """Device arrays -> NumPy, whole on every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def agree(flag: int) -> int:
+  """The largest value any process holds: the same answer everywhere."""
+  if jax.process_count() == 1:
+    return flag
+  return int(np.max(multihost_utils.process_allgather(np.int32(flag))))
