@@ -27,8 +27,13 @@ import jax.numpy as jnp
 from reasonrl.kernels import dense
 
 
+def logits(hidden_RD, head_VD, bias_V, form):
+  """float32 tempered logits z_RV: what the sampler draws from and the losses score."""
+  return _logits(hidden_RD, head_VD, bias_V, form)[0]
+
+
 def _logits(hidden_RD, head_VD, bias_V, form):
-  """float32 tempered logits z_RV, and cap'(score) (1 where there is no cap)."""
+  """z_RV and cap'(score) (1 where there is no cap)."""
   scale, softcap, temperature, compute_dtype = form
   z_RV = dense.contract(hidden_RD, head_VD, (1, 1), compute_dtype) * scale
   slope = 1.0

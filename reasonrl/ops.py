@@ -18,6 +18,7 @@ from reasonrl.kernels import policy_loss
 
 dense = dense_kernel.dense
 attention = attention_kernel.attention
+logits = policy_loss.logits
 
 
 def token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows: int, mesh: Mesh):

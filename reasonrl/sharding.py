@@ -26,23 +26,26 @@ TOKENS = PartitionSpec(AXES)  # scored tokens
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-  """A mesh over all devices; one of the three sizes may be -1 (what is left).
+  """A mesh of the first data x fsdp x tensor devices; one size may be -1 (all that are left).
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not fit the devices.
   """
-  sizes, devices = [data, fsdp, tensor], jax.device_count()
+  sizes, devices = [data, fsdp, tensor], jax.devices()
   if sizes.count(-1) == 1:
     rest = -math.prod(sizes)
-    sizes[sizes.index(-1)] = devices // rest if rest > 0 and devices % rest == 0 else 0
-  if min(sizes) < 1 or math.prod(sizes) != devices:
+    sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 and len(devices) % rest == 0 else 0
+  used = math.prod(sizes)
+  if min(sizes) < 1 or used > len(devices) or (jax.process_count() > 1 and used < len(devices)):
     raise records.UserError(
-      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {devices} devices: '
-      'the three sizes must multiply to it (one may be -1)'
+      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices: the product '
+      'must not exceed it, a size of -1 must divide what is left, and several hosts use every device'
     )
   # Auto: make_mesh defaults to Explicit axes since jax 0.9, under which a product of two sharded
   # operands raises a ShardingTypeError instead of letting the compiler place the collectives.
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+  return jax.make_mesh(
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used]
+  )
 
 
 def path_of(key_path) -> str:
@@ -67,6 +70,8 @@ def param_specs(params, rules, mesh: Mesh):
   """PartitionSpec for every leaf; an axis whose size does not divide a dimension is left out there."""
 
   def spec(key_path, leaf):
+    if leaf.ndim == 0:  # counters of an optimizer or train state
+      return PartitionSpec()
     axes = match(path_of(key_path), rules, 'sharding rules')
     if len(axes) > leaf.ndim:
       raise records.UserError(
@@ -104,14 +109,34 @@ def row_multiple(mesh: Mesh) -> int:
 
 
 def fetch(tree):
-  """Device arrays -> NumPy, whole on every process."""
+  """Replicated or scalar device values -> NumPy on every process."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def agree(flag: int) -> int:
+def fetch_rows(tree):
+  """Row-split device arrays -> NumPy, only the rows this process put there (see `put_rows`)."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+
+  def rows(x):
+    # Replicas over the tensor axis hold the same rows: keep one shard for each first row.
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+  return jax.tree.map(rows, tree)
+
+
+def agree(value: int) -> int:
   """The largest value any process holds: the same answer everywhere."""
   if jax.process_count() == 1:
-    return flag
-  return int(np.max(multihost_utils.process_allgather(np.int32(flag))))
+    return value
+  return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def total(value: float) -> float:
+  """The sum over processes: a global denominator from local counts."""
+  if jax.process_count() == 1:
+    return value
+  return float(np.sum(multihost_utils.process_allgather(np.float64(value))))

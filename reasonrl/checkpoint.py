@@ -1,0 +1,93 @@
+"""Checkpoints through Orbax: everything that decides the future, atomic, on any mesh.
+
+`checkpoints/<step>` holds the train state and a JSON item (position, data position, best metric, log
+offsets, tokenizer fingerprint). `phases/<name>` holds the final parameters of a phase, outside
+retention. Steps count over the whole run.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from reasonrl import records
+
+
+class Checkpoints:
+  """The newest `keep_last` checkpoints of a run, and every `keep_every`-th step (0: none)."""
+
+  def __init__(self, workdir: str, keep_last: int, keep_every: int):
+    keep = [policies.LatestN(keep_last)]
+    if keep_every:
+      keep.append(policies.EveryNSteps(keep_every))
+    self._manager = ocp.CheckpointManager(
+      pathlib.Path(workdir).absolute() / 'checkpoints',
+      options=ocp.CheckpointManagerOptions(
+        step_format_fixed_length=8,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+        # Not best_fn: with max_to_keep it deletes the newest checkpoint.
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+      ),
+    )
+
+  def latest(self) -> tuple[int, dict] | None:
+    """(step, host item) of the newest finished checkpoint, None if there is none."""
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    args = ocp.args.Composite(host=ocp.args.JsonRestore())
+    return step, self._manager.restore(step, args=args).host
+
+  def save(self, step: int, state, host: dict) -> None:
+    """Starts an asynchronous save; the state may be donated right afterwards."""
+    if step == self._manager.latest_step():
+      return
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
+    self._manager.save(step, args=args, force=True)
+
+  def restore(self, step: int, target):
+    """The state saved at `step`, placed like `target` (a tree of arrays or ShapeDtypeStructs)."""
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(target)))
+    try:
+      return self._manager.restore(step, args=args).state
+    except ValueError as error:
+      raise records.UserError(
+        f'checkpoint {step} does not fit this model and optimizer: {str(error).splitlines()[0]}'
+      ) from error
+
+  def close(self) -> None:
+    """Waits for pending saves."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def save_params(path: pathlib.Path, params) -> None:
+  """Writes a parameter tree to a new folder, atomically; an older one there is replaced."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(pathlib.Path(path).absolute(), params, force=True)
+
+
+def load_params(path: pathlib.Path, target):
+  """Reads a parameter tree saved by `save_params`, placed like `target`.
+
+  Raises:
+    UserError: there is none, or its shapes differ.
+  """
+  path = pathlib.Path(path).absolute()
+  if not path.is_dir():
+    raise records.UserError(f'no parameters at {path}')
+  with ocp.StandardCheckpointer() as checkpointer:
+    try:
+      return checkpointer.restore(path, _abstract(target))
+    except ValueError as error:
+      raise records.UserError(
+        f'parameters at {path} do not fit this model: {str(error).splitlines()[0]}'
+      ) from error
+
+
+def _abstract(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,386 @@
+"""The in-graph sampler: prefill, fork, decode, append, and `generate`, which composes them.
+
+1. `prefill` runs each prompt through the trunk once and fills its cache.
+2. `fork` copies rows: the G samples of a prompt start from one prefill.
+3. `decode` is one compiled `while_loop` that leaves as soon as every row has stopped.
+4. `append` feeds tokens that the policy did not write (tool output, forced text), and decoding goes on.
+5. `generate` takes any number of requests and runs them in waves of `slots` rows; results are indexed
+   by request, never by slot.
+
+Invariant between calls: a row's last token is pending. The cache holds the tokens before it, and the
+next decode step feeds it. So a row is fully described by its tokens, and re-prefilling them gives the
+same state.
+
+Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned into a
+token by inverse CDF. So a draw depends on neither the batch layout nor the number of devices.
+
+Left out on purpose: shared-prefix attention, cache segments, compaction, slot refill, controls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from reasonrl import ops, records, sharding, types
+
+PURPOSES = {'train': 0, 'eval': 1}  # part of a row key; later methods add theirs
+BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
+
+  temperature: float
+  top_k: int
+  top_p: float
+  stop_ids: tuple[int, ...]
+
+  def __post_init__(self):
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not self.stop_ids:
+      raise records.UserError(
+        f'sampling: temperature={self.temperature} must be >= 0, top_k={self.top_k} >= 0, '
+        f'top_p={self.top_p} in (0, 1] and stop_ids={self.stop_ids} not empty'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+  """R requests over P prompts (host arrays). Requests of one prompt share its prefill."""
+
+  tokens_PT: np.ndarray  # int32, right-padded
+  length_P: np.ndarray  # int32, at least 1
+  prompt_R: np.ndarray  # int32, which prompt each request continues
+  key_R: np.ndarray  # uint32 [R, 2], from `row_keys`
+  max_new_R: np.ndarray  # int32, the most tokens each may get
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """What came back, by request (host arrays)."""
+
+  tokens_RS: np.ndarray
+  prompt_length_R: np.ndarray
+  length_R: np.ndarray
+  source_RS: np.ndarray
+  logp_RS: np.ndarray  # of the tempered, untruncated distribution; 0 where source is not POLICY
+  stop_R: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """Rows being sampled. Opaque outside this file."""
+
+  cache: object
+  tokens_BS: jax.Array
+  source_BS: jax.Array
+  logp_BS: jax.Array
+  length_B: jax.Array
+  end_B: jax.Array  # a row stops at this length
+  stop_B: jax.Array
+  key_B: jax.Array  # uint32 [B, 2]
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _row_keys(seed, folds):
+  def one(*parts):
+    key = jax.random.key(seed, impl='threefry2x32')
+    for part in parts:
+      key = jax.random.fold_in(key, part)
+    return jax.random.key_data(key)
+
+  return jax.vmap(one)(*folds)
+
+
+def row_keys(seed, purpose, phase, iteration, step, prompt_R, sample_R, thread_R) -> np.ndarray:
+  """uint32 [R, 2]: fold_in over (seed, purpose, phase, iteration, step, prompt id, sample, thread).
+
+  `purpose` is a key of PURPOSES; the arguments ending in _R are integer arrays, the others integers.
+  """
+  fixed = (PURPOSES[purpose], phase, iteration, step)
+  folds = np.broadcast_arrays(*fixed, prompt_R, sample_R, thread_R)
+  return np.asarray(_row_keys(seed, tuple(np.asarray(f, np.uint32) for f in folds)))
+
+
+def uniforms(key_B, position_B):
+  """One float32 in [0, 1) per row: a function of its key and the absolute position alone."""
+
+  def one(data, position):
+    key = jax.random.wrap_key_data(data, impl='threefry2x32')
+    return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
+
+  return jax.vmap(one)(key_B, position_B)
+
+
+def inverse_cdf(weight_BV, u_B):
+  """The token whose interval of the cumulative weights holds u * total, by blocks of BLOCK.
+
+  Args:
+    weight_BV: float32 >= 0, not normalised, some entry positive.
+    u_B: float32 in [0, 1).
+
+  Returns:
+    int32 [B]; never a token of weight 0.
+  """
+  B, V = weight_BV.shape
+  blocks = jnp.pad(weight_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+  block_cdf = jnp.cumsum(blocks.sum(-1), axis=-1)
+  goal_B = u_B * block_cdf[:, -1]
+  block_B = jnp.sum(block_cdf <= goal_B[:, None], axis=-1)
+  block_B = jnp.minimum(block_B, blocks.shape[1] - 1)
+  before_B = jnp.take_along_axis(block_cdf, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0]
+  goal_B = goal_B - jnp.where(block_B > 0, before_B, 0.0)
+  inside = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
+  index_B = jnp.sum(jnp.cumsum(inside, axis=-1) <= goal_B[:, None], axis=-1)
+  # Rounding may push the goal past the last positive entry: step back to it.
+  last_B = BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
+  return (block_B * BLOCK + jnp.minimum(index_B, last_B)).astype(jnp.int32)
+
+
+def keep_top_k(weight_BV, k: int):
+  """Weights below the k-th largest become 0; ties with it stay."""
+  if k == 0 or k >= weight_BV.shape[1]:
+    return weight_BV
+  threshold = jax.lax.top_k(weight_BV, k)[0][:, -1:]
+  return jnp.where(weight_BV >= threshold, weight_BV, 0.0)
+
+
+def keep_top_p(weight_BV, p: float):
+  """The smallest set of largest weights whose share is at least p (arXiv 1904.09751); ties stay.
+
+  The threshold is found by bisection over the bit patterns of non-negative floats, which are ordered
+  like the floats: exact, and no sort of the vocabulary.
+  """
+  if p >= 1.0:
+    return weight_BV
+  goal = p * weight_BV.sum(-1)
+  bits_BV = jax.lax.bitcast_convert_type(weight_BV, jnp.int32)
+
+  def halve(_, bounds):  # the largest threshold that still keeps the goal is in [low, high)
+    low, high = bounds
+    middle = low + (high - low) // 2
+    enough = jnp.sum(jnp.where(bits_BV >= middle[:, None], weight_BV, 0.0), -1) >= goal
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  low = jnp.zeros(weight_BV.shape[0], jnp.int32)
+  low, _ = jax.lax.fori_loop(0, 31, halve, (low, bits_BV.max(-1) + 1))
+  return jnp.where(bits_BV >= low[:, None], weight_BV, 0.0)
+
+
+def draw(z_BV, u_B, spec: Spec):
+  """token_B and its log-probability under softmax(z_BV), z already tempered."""
+  top_B = jnp.max(z_BV, axis=-1, keepdims=True)
+  weight_BV = jnp.exp(z_BV - top_B)
+  if spec.temperature == 0:
+    token_B = jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
+  else:
+    token_B = inverse_cdf(keep_top_p(keep_top_k(weight_BV, spec.top_k), spec.top_p), u_B)
+  z_B = jnp.take_along_axis(z_BV, token_B[:, None], axis=1)[:, 0]
+  return token_B, z_B - top_B[:, 0] - jnp.log(weight_BV.sum(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """The compiled stages for one model on one mesh. `forbidden` ids are never sampled."""
+
+  model: object
+  mesh: Mesh
+  forbidden: tuple[int, ...]
+
+  def bias_V(self):
+    """Added to the scores in sampler and scorer alike: -1e9 on forbidden ids."""
+    ids = np.asarray(self.forbidden, np.int32)
+    return jnp.zeros(self.model.vocab_size, jnp.float32).at[ids].set(-1e9)
+
+  def form(self, temperature: float):
+    """Static description of the scores, for `ops`; greedy draws report temperature-1 numbers."""
+    model = self.model
+    dtype = jnp.dtype(model.compute_dtype)
+    return (model.logit_scale, model.final_softcap, temperature or 1.0, dtype)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def layout(self, params):
+    """Decode parameters: matrices cast to the compute dtype and gathered over fsdp, once per rollout."""
+    shardings = sharding.param_shardings(params, self.model.decode_sharding_rules, self.mesh)
+    dtype = jnp.dtype(self.model.compute_dtype)
+    cast = lambda x: x.astype(dtype) if x.ndim > 1 else x  # noqa: E731
+    return jax.lax.with_sharding_constraint(jax.tree.map(cast, params), shardings)
+
+  @functools.partial(jax.jit, static_argnums=(0, 4))
+  def prefill(self, params, tokens_BT, length_B, slots: int) -> State:
+    """Fills the cache with each row's tokens (right-padded, length >= 1, T <= slots)."""
+    B, T = tokens_BT.shape
+    if T > slots:
+      raise ValueError(f'prefill: {T} tokens do not fit a cache of {slots} slots')
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    segments = (positions < length_B[:, None]).astype(jnp.int32)
+    _, cache = self.model.hidden(
+      params, tokens_BT, positions, segments, self.model.init_cache(B, slots)
+    )
+    tokens_BT = jnp.where(segments > 0, tokens_BT, 0)
+    wide = lambda fill, dtype: jnp.full((B, slots), fill, dtype)  # noqa: E731
+    return self._place(
+      State(
+        cache=cache,
+        tokens_BS=wide(0, jnp.int32).at[:, :T].set(tokens_BT),
+        source_BS=wide(types.PROMPT, jnp.int8),
+        logp_BS=wide(0.0, jnp.float32),
+        length_B=length_B,
+        end_B=jnp.full(B, slots, jnp.int32),
+        stop_B=jnp.full(B, int(records.Stop.RUNNING), jnp.int32),
+        key_B=jnp.zeros((B, 2), jnp.uint32),
+      )
+    )
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def fork(self, state: State, rows_B) -> State:
+    """Row i of the result is a copy of row rows_B[i]."""
+    take = lambda x: x[rows_B]  # noqa: E731
+    cache = jax.tree.map(lambda x: jnp.take(x, rows_B, axis=x.ndim - 4), state.cache)
+    rest = {f.name: take(getattr(state, f.name)) for f in dataclasses.fields(State)[1:]}
+    return self._place(State(cache=cache, **rest))
+
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+  def assign(self, state: State, key_B, max_new_B) -> State:
+    """Gives rows their keys and the most new tokens each may get; 0 stops a row at once."""
+    end_B = jnp.minimum(state.length_B + max_new_B, state.tokens_BS.shape[1])
+    stop_B = jnp.where(end_B <= state.length_B, int(records.Stop.LENGTH), state.stop_B)
+    return dataclasses.replace(state, key_B=key_B, end_B=end_B, stop_B=stop_B)
+
+  @functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+  def decode(self, params, state: State, spec: Spec, max_new) -> State:
+    """Samples up to max_new more tokens per row. A row that ran out of length may go on; EOS stays."""
+    B = state.length_B.shape[0]
+    running, eos, length = (int(s) for s in records.Stop)
+    limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
+    may = (state.stop_B != eos) & (state.length_B < limit_B)
+    state = dataclasses.replace(state, stop_B=jnp.where(may, running, state.stop_B))
+    bias_V, form, head_VD = self.bias_V(), self.form(spec.temperature), self.model.head(params)
+    rows_B, stop_ids = jnp.arange(B), jnp.asarray(spec.stop_ids, jnp.int32)
+
+    def step(state):
+      live = state.stop_B == running
+      position_B = state.length_B - 1
+      pending_B1 = jnp.take_along_axis(state.tokens_BS, position_B[:, None], axis=1)
+      hidden_B1D, cache = self.model.hidden(
+        params, pending_B1, position_B[:, None], live[:, None].astype(jnp.int32), state.cache
+      )
+      z_BV = ops.logits(hidden_B1D[:, 0], head_VD, bias_V, form)
+      token_B, logp_B = draw(z_BV, uniforms(state.key_B, state.length_B), spec)
+      # A stopped row writes outside the array, which drops the write.
+      slot_B = jnp.where(live, state.length_B, state.tokens_BS.shape[1])
+      put = lambda x, value: x.at[rows_B, slot_B].set(value, mode='drop')  # noqa: E731
+      length_B = state.length_B + live
+      stop_B = jnp.where(live & (length_B >= limit_B), length, state.stop_B)
+      is_stop = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
+      return dataclasses.replace(
+        state,
+        cache=cache,
+        tokens_BS=put(state.tokens_BS, token_B),
+        source_BS=put(state.source_BS, jnp.int8(types.POLICY)),
+        logp_BS=put(state.logp_BS, logp_B),
+        length_B=length_B,
+        stop_B=jnp.where(live & is_stop, eos, stop_B),
+      )
+
+    return jax.lax.while_loop(lambda s: jnp.any(s.stop_B == running), step, state)
+
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+  def append(self, params, state: State, tokens_BT, count_B) -> State:
+    """Adds count_B tokens to each row as ENVIRONMENT tokens; rows that got any may decode again.
+
+    What does not fit the window is dropped; such a row stops with LENGTH at the next decode.
+    """
+    B, T = tokens_BT.shape
+    S = state.tokens_BS.shape[1]
+    count_B = jnp.minimum(count_B, S - state.length_B)
+    offsets = jnp.broadcast_to(jnp.arange(T), (B, T))
+    slots = jnp.where(offsets < count_B[:, None], state.length_B[:, None] + offsets, S)
+    put = lambda x, value: x.at[jnp.arange(B)[:, None], slots].set(value, mode='drop')  # noqa: E731
+    tokens_BS = put(state.tokens_BS, tokens_BT)
+    # Feed the pending token and all new ones but the last, which becomes the pending one.
+    positions = jnp.minimum(state.length_B[:, None] - 1 + offsets, S - 1)
+    _, cache = self.model.hidden(
+      params,
+      jnp.take_along_axis(tokens_BS, positions, axis=1),
+      positions,
+      (offsets < count_B[:, None]).astype(jnp.int32),
+      state.cache,
+    )
+    return dataclasses.replace(
+      state,
+      cache=cache,
+      tokens_BS=tokens_BS,
+      source_BS=put(state.source_BS, jnp.int8(types.ENVIRONMENT)),
+      length_B=state.length_B + count_B,
+      stop_B=jnp.where(count_B > 0, int(records.Stop.RUNNING), state.stop_B),
+    )
+
+  def generate(
+    self, params, requests: Requests, spec: Spec, slots: int, poll: Callable[[], None]
+  ) -> Samples:
+    """Samples every request, `slots` rows at a time (0: all at once); `poll` runs between waves.
+
+    The window is the longest prompt plus the largest max_new.
+
+    Raises:
+      UserError: the window is longer than the model's positions.
+    """
+    R, T = requests.prompt_R.size, requests.tokens_PT.shape[1]
+    window = T + int(requests.max_new_R.max())
+    if window > self.model.max_position:
+      raise records.UserError(
+        f'prompt of {T} tokens plus max_new {window - T} is longer than the window of the model, '
+        f'{self.model.max_position} positions'
+      )
+    multiple = sharding.row_multiple(self.mesh)
+    slots = min(slots or R, R)
+    slots += -slots % multiple
+    waves = [np.arange(i, min(i + slots, R)) for i in range(0, R, slots)]
+    prompts = [np.unique(requests.prompt_R[wave]) for wave in waves]
+    most = max(p.size for p in prompts)
+    most += -most % multiple
+    params, out = self.layout(params), []
+    for wave, used in zip(waves, prompts):
+      poll()
+      state = self._start(params, requests, wave, used, slots, most, window)
+      state = self.decode(params, state, spec, int(requests.max_new_R.max()))
+      rows = (state.tokens_BS, state.length_B, state.source_BS, state.logp_BS, state.stop_B)
+      out.append([x[: wave.size] for x in sharding.fetch_rows(rows)])
+    tokens_RS, length_R, source_RS, logp_RS, stop_R = (np.concatenate(x) for x in zip(*out))
+    prompt_length_R = requests.length_P[requests.prompt_R]
+    return Samples(tokens_RS, prompt_length_R, length_R, source_RS, logp_RS, stop_R)
+
+  def _start(self, params, requests, wave, used, slots, most, window) -> State:
+    """One wave: prefill the prompts it uses, fork them to its rows; spare rows are stopped."""
+    spare = np.resize(used, most)  # pad by repeating prompts
+    tokens, length = requests.tokens_PT[spare], requests.length_P[spare]
+    state = self.prefill(params, *sharding.put_rows((tokens, length), self.mesh), window)
+    rows, key = np.zeros(slots, np.int32), np.zeros((slots, 2), np.uint32)
+    max_new = np.zeros(slots, np.int32)
+    rows[: wave.size] = np.searchsorted(used, requests.prompt_R[wave])
+    key[: wave.size], max_new[: wave.size] = requests.key_R[wave], requests.max_new_R[wave]
+    rows, key, max_new = sharding.put_rows((rows, key, max_new), self.mesh)
+    return self.assign(self.fork(state, rows), key, max_new)
+
+  def _place(self, state: State) -> State:
+    """Rows over data and fsdp, key/value heads over tensor where they divide."""
+    batch, heads = sharding.BATCH, self.model.num_kv_heads % self.mesh.shape['tensor'] == 0
+
+    def place(x, spec):
+      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def cache(x):
+      lead = (None,) * (x.ndim - 4)
+      return place(x, PartitionSpec(*lead, batch[0], 'tensor' if heads else None))
+
+    rest = {f.name: place(getattr(state, f.name), batch) for f in dataclasses.fields(State)[1:]}
+    return State(cache=jax.tree.map(cache, state.cache), **rest)
