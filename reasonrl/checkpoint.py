@@ -2,18 +2,21 @@
 
 `checkpoints/<step>` holds the train state and a JSON item (position, data position, best metric, log
 offsets, tokenizer fingerprint). `phases/<name>` holds the final parameters of a phase, outside
-retention. Steps count over the whole run.
+retention. Steps count over the whole run. `StopSignal` turns SIGTERM and Ctrl-C into a save.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
+import signal
+import threading
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from reasonrl import records
+from reasonrl import records, sharding
 
 
 class Checkpoints:
@@ -91,3 +94,49 @@ def load_params(path: pathlib.Path, target):
 
 def _abstract(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Stopped(Exception):
+  """Raised by `StopSignal.poll`: leave the loop, save the last finished step. `code`: exit code."""
+
+  def __init__(self, code: int):
+    super().__init__(f'stopped by {signal.Signals(code - 128).name}')
+    self.code = code
+
+
+class StopSignal:
+  """SIGTERM and Ctrl-C set a flag, nothing else; `poll` raises at a point where saving is safe.
+
+  A poll may be minutes away (a compilation, one long decode), and a preempted machine gives about
+  30 s: after `grace_s` seconds the process leaves as it is, and resumes from its newest checkpoint.
+  A second Ctrl-C leaves at once.
+  """
+
+  def __init__(self, grace_s: float):
+    self._code, self._grace_s = 0, grace_s
+    self._old = {}
+
+  def __enter__(self) -> StopSignal:
+    if threading.current_thread() is threading.main_thread():  # notebooks may run us in another
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._old[number] = signal.signal(number, self._received)
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def _received(self, number, _frame) -> None:
+    if self._code and number == signal.SIGINT:
+      os._exit(128 + number)
+    if not self._code:
+      self._code = 128 + number
+      timer = threading.Timer(self._grace_s, os._exit, (self._code,))
+      timer.daemon = True
+      timer.start()
+
+  def poll(self) -> None:
+    """Raises Stopped if any process was asked to stop. Every process must call it equally often."""
+    code = sharding.agree(self._code)
+    if code:
+      raise Stopped(code)

@@ -12,7 +12,7 @@ import grain.python as grain
 import jax
 import numpy as np
 
-from reasonrl import learner, records
+from reasonrl import records, types
 
 LENGTH = 2**31 - 1
 
@@ -69,4 +69,4 @@ def supervised_sequence(tokenizer, prompt_ids: list[int], example, row_length: i
     )
   index = np.arange(len(prompt_ids), len(ids))
   aux = {'weight': np.ones(index.size, np.float32)}
-  return learner.Sequence(np.asarray(ids, np.int32), index, aux)
+  return types.Sequence(np.asarray(ids, np.int32), index, aux)

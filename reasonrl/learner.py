@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,15 +55,7 @@ def nll(out: Out, aux) -> tuple[jax.Array, dict]:
   return -out.logp, {}
 
 
-class Sequence(NamedTuple):
-  """One unpadded row: its tokens, which of them are scored, and the aux arrays there."""
-
-  tokens_L: np.ndarray
-  index_N: np.ndarray
-  aux: dict[str, np.ndarray]  # [N]
-
-
-def sequences(tokens_BT, length_B, aux_BT: dict) -> list[Sequence]:
+def sequences(tokens_BT, length_B, aux_BT: dict) -> list[types.Sequence]:
   """Rows -> sequences; a token is scored where aux_BT['weight'] > 0.
 
   Raises:
@@ -74,11 +67,11 @@ def sequences(tokens_BT, length_B, aux_BT: dict) -> list[Sequence]:
     if index.size and index[0] == 0:
       raise ValueError(f'row {i}: the first token of a segment cannot be scored')
     aux = {name: np.asarray(x[i, index], np.float32) for name, x in aux_BT.items()}
-    out.append(Sequence(np.asarray(tokens_BT[i, :n], np.int32), index, aux))
+    out.append(types.Sequence(np.asarray(tokens_BT[i, :n], np.int32), index, aux))
   return out
 
 
-def pack(seqs: list[Sequence], row_length: int, rows: int, multiple: int):
+def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
   """Sequences -> micro-batches of `rows` rows by first fit, longest first.
 
   The number of scored slots per row is the largest any row needs, rounded up to a quarter of the row
@@ -135,7 +128,7 @@ def pack(seqs: list[Sequence], row_length: int, rows: int, multiple: int):
   return batches, place
 
 
-def unpack(values, seqs: list[Sequence], place, shape) -> np.ndarray:
+def unpack(values, seqs: list[types.Sequence], place, shape) -> np.ndarray:
   """Per-micro-batch [B, M] values -> float32 [len(seqs), T], 0 where nothing was scored."""
   out = np.zeros(shape, np.float32)
   for i, (batch, row, slot) in enumerate(place):
@@ -160,13 +153,18 @@ class Learner:
   def init(self, params) -> types.TrainState:
     """A fresh train state around these parameters, placed by the model's rules."""
 
-    @jax.jit
-    def fresh(params):
-      ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
-      zero = jnp.zeros((), jnp.int32)
-      return self._place(types.TrainState(params, self.tx.init(params), ema, zero, zero))
+    return jax.jit(self._fresh)(params)
 
-    return fresh(params)
+  def abstract(self) -> types.TrainState:
+    """Shapes, dtypes and shardings of the train state, without computing one."""
+    params = jax.eval_shape(self.model.init, jax.random.key(0))
+    shapes = jax.eval_shape(self._fresh, params)
+    return sharding.abstract(shapes, self.model.sharding_rules, self.mesh)
+
+  def _fresh(self, params):
+    ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
+    zero = jnp.zeros((), jnp.int32)
+    return self._place(types.TrainState(params, self.tx.init(params), ema, zero, zero))
 
   def update(self, state: types.TrainState, batches: list[types.Batch], denominators):
     """One optimizer step over host micro-batches.
@@ -315,3 +313,15 @@ def reduce_reports(reports_and_final) -> dict[str, float]:
     out['mismatch/mean'], out['mismatch/max'] = float(gap.mean()), float(gap.max())
     out['mismatch/p99'] = float(np.quantile(gap, 0.99))
   return out | {name: float(x) for name, x in final.items()}
+
+
+def save_batches(path: pathlib.Path, updates) -> None:
+  """Keeps the micro-batches of a step that was not finite, for replay: one .npz of named arrays."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  arrays = {}
+  for u, (batches, denominators) in enumerate(updates):
+    arrays[f'{u}/denominators'] = np.asarray(denominators)
+    for b, batch in enumerate(batches):
+      for key_path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        arrays[f'{u}/{b}/{sharding.path_of(key_path)}'] = np.asarray(leaf)
+  np.savez_compressed(path, **arrays)

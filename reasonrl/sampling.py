@@ -34,46 +34,6 @@ PURPOSES = {'train': 0, 'eval': 1}  # part of a row key; later methods add their
 BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
-
-  temperature: float
-  top_k: int
-  top_p: float
-  stop_ids: tuple[int, ...]
-
-  def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not self.stop_ids:
-      raise records.UserError(
-        f'sampling: temperature={self.temperature} must be >= 0, top_k={self.top_k} >= 0, '
-        f'top_p={self.top_p} in (0, 1] and stop_ids={self.stop_ids} not empty'
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class Requests:
-  """R requests over P prompts (host arrays). Requests of one prompt share its prefill."""
-
-  tokens_PT: np.ndarray  # int32, right-padded
-  length_P: np.ndarray  # int32, at least 1
-  prompt_R: np.ndarray  # int32, which prompt each request continues
-  key_R: np.ndarray  # uint32 [R, 2], from `row_keys`
-  max_new_R: np.ndarray  # int32, the most tokens each may get
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-  """What came back, by request (host arrays)."""
-
-  tokens_RS: np.ndarray
-  prompt_length_R: np.ndarray
-  length_R: np.ndarray
-  source_RS: np.ndarray
-  logp_RS: np.ndarray  # of the tempered, untruncated distribution; 0 where source is not POLICY
-  stop_R: np.ndarray
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -175,7 +135,7 @@ def keep_top_p(weight_BV, p: float):
   return jnp.where(bits_BV >= low[:, None], weight_BV, 0.0)
 
 
-def draw(z_BV, u_B, spec: Spec):
+def draw(z_BV, u_B, spec: types.Spec):
   """token_B and its log-probability under softmax(z_BV), z already tempered."""
   top_B = jnp.max(z_BV, axis=-1, keepdims=True)
   weight_BV = jnp.exp(z_BV - top_B)
@@ -256,8 +216,8 @@ class Sampler:
     return dataclasses.replace(state, key_B=key_B, end_B=end_B, stop_B=stop_B)
 
   @functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
-  def decode(self, params, state: State, spec: Spec, max_new) -> State:
-    """Samples up to max_new more tokens per row. A row that ran out of length may go on; EOS stays."""
+  def decode(self, params, state: State, spec: types.Spec, max_new) -> State:
+    """types.Samples up to max_new more tokens per row. A row that ran out of length may go on; EOS stays."""
     B = state.length_B.shape[0]
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
@@ -325,9 +285,9 @@ class Sampler:
     )
 
   def generate(
-    self, params, requests: Requests, spec: Spec, slots: int, poll: Callable[[], None]
-  ) -> Samples:
-    """Samples every request, `slots` rows at a time (0: all at once); `poll` runs between waves.
+    self, params, requests: types.Requests, spec: types.Spec, slots: int, poll: Callable[[], None]
+  ) -> types.Samples:
+    """types.Samples every request, `slots` rows at a time (0: all at once); `poll` runs between waves.
 
     The window is the longest prompt plus the largest max_new.
 
@@ -357,7 +317,7 @@ class Sampler:
       out.append([x[: wave.size] for x in sharding.fetch_rows(rows)])
     tokens_RS, length_R, source_RS, logp_RS, stop_R = (np.concatenate(x) for x in zip(*out))
     prompt_length_R = requests.length_P[requests.prompt_R]
-    return Samples(tokens_RS, prompt_length_R, length_R, source_RS, logp_RS, stop_R)
+    return types.Samples(tokens_RS, prompt_length_R, length_R, source_RS, logp_RS, stop_R)
 
   def _start(self, params, requests, wave, used, slots, most, window) -> State:
     """One wave: prefill the prompts it uses, fork them to its rows; spare rows are stopped."""

@@ -92,6 +92,15 @@ def param_shardings(params, rules, mesh: Mesh):
   )
 
 
+def abstract(shapes, rules, mesh: Mesh):
+  """ShapeDtypeStructs with the shardings that the rules give: a target to restore or load into."""
+  return jax.tree.map(
+    lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to),
+    shapes,
+    param_shardings(shapes, rules, mesh),
+  )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """One whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())

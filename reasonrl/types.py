@@ -15,7 +15,8 @@ contiguous: prompt, completion, padding; no holes.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,6 +51,133 @@ class Experience:
   def mask_BT(self) -> np.ndarray:
     """float32 policy mask: 1 exactly on sampled tokens, EOS included."""
     return (self.source_BT == POLICY).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
+
+  temperature: float
+  top_k: int
+  top_p: float
+  stop_ids: tuple[int, ...]
+
+  def __post_init__(self):
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not self.stop_ids:
+      raise records.UserError(
+        f'sampling: temperature={self.temperature} must be >= 0, top_k={self.top_k} >= 0, '
+        f'top_p={self.top_p} in (0, 1] and stop_ids={self.stop_ids} not empty'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+  """R requests over P prompts (host arrays). Requests of one prompt share its prefill."""
+
+  tokens_PT: np.ndarray  # int32, right-padded
+  length_P: np.ndarray  # int32, at least 1
+  prompt_R: np.ndarray  # int32, which prompt each request continues
+  key_R: np.ndarray  # uint32 [R, 2], from `sampling.row_keys`
+  max_new_R: np.ndarray  # int32, the most tokens each may get
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """What came back, by request (host arrays)."""
+
+  tokens_RS: np.ndarray
+  prompt_length_R: np.ndarray
+  length_R: np.ndarray
+  source_RS: np.ndarray
+  logp_RS: np.ndarray  # of the tempered, untruncated distribution; 0 where source is not POLICY
+  stop_R: np.ndarray
+
+
+# Which fields of Experience are indexed by row and which by rollout.
+_ROWS = (
+  'tokens_BT prompt_length_B length_B source_BT logp_BT stop_B version_B group_B rollout_B reward_BT'
+).split()
+
+
+def take_rows(experience: Experience, rows) -> Experience:
+  """The experience restricted to some rows; rollouts and their rewards stay whole."""
+  pick = lambda x: None if x is None else x[rows]  # noqa: E731
+  fields = {name: pick(getattr(experience, name)) for name in _ROWS}
+  scores = {name: x[rows] for name, x in experience.scores.items()}
+  return dataclasses.replace(experience, scores=scores, **fields)
+
+
+def take_groups(experience: Experience, groups) -> Experience:
+  """The experience restricted to some group ids, with rollouts renumbered from 0."""
+  out = take_rows(experience, np.isin(experience.group_B, groups))
+  rollouts, rollout_B = np.unique(out.rollout_B, return_inverse=True)
+  return dataclasses.replace(
+    out,
+    rollout_B=rollout_B.astype(np.int32),
+    reward_R=out.reward_R[rollouts],
+    parts={name: x[rollouts] for name, x in out.parts.items()},
+    examples=tuple(out.examples[r] for r in rollouts),
+    completions=tuple(out.completions[r] for r in rollouts),
+  )
+
+
+def concatenate(parts: list[Experience]) -> Experience:
+  """Experiences one after the other; group and rollout ids are shifted to stay distinct."""
+  T = max(e.tokens_BT.shape[1] for e in parts)
+  shifted, groups, rollouts = [], 0, 0
+  for e in parts:
+    shifted.append(
+      dataclasses.replace(e, group_B=e.group_B + groups, rollout_B=e.rollout_B + rollouts)
+    )
+    groups, rollouts = groups + e.group_B.max() + 1, rollouts + e.reward_R.size
+
+  def join(arrays):
+    if arrays[0] is None:
+      return None
+    if arrays[0].ndim == 2:
+      arrays = [np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in arrays]
+    return np.concatenate(arrays)
+
+  every = lambda name: [getattr(e, name) for e in shifted]  # noqa: E731
+  merge = lambda dicts: {k: join([d[k] for d in dicts]) for k in dicts[0]}  # noqa: E731
+  return Experience(
+    **{name: join(every(name)) for name in _ROWS},
+    reward_R=join(every('reward_R')),
+    parts=merge(every('parts')),
+    scores=merge(every('scores')),
+    examples=sum(every('examples'), ()),
+    completions=sum(every('completions'), ()),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+  """What an environment may use; built in `train`.
+
+  examples() -> the next prompts' examples.
+  render(example) -> prompt token ids; `prefill` is the completion text they already hold.
+  row_keys(step, prompt_R, sample_R, thread_R) -> uint32 [R, 2].
+  generate(params, requests, spec, slots) -> sampling.Samples.
+  score(params, experience) -> logp_BT of the policy tokens.
+  reward(examples, completions, groups) -> rewarding.Scores.
+  """
+
+  tokenizer: Any
+  prefill: str
+  examples: Callable
+  render: Callable
+  row_keys: Callable
+  generate: Callable
+  score: Callable
+  reward: Callable
+
+
+class Sequence(NamedTuple):
+  """One unpadded row for the learner: its tokens, which of them are scored, and aux there."""
+
+  tokens_L: np.ndarray
+  index_N: np.ndarray
+  aux: dict[str, np.ndarray]  # [N]
 
 
 @jax.tree_util.register_dataclass

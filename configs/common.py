@@ -1,0 +1,308 @@
+"""Builders and presets: every field of every section, its default, unit and source.
+
+A config calls these, changes what differs and says why. Library dataclasses have no defaults: what is
+written here is the whole truth, and a test checks that sections and dataclasses agree.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base(name: str) -> ConfigDict:
+  """The sections that every experiment has; `phases` and their sections are the config's own."""
+  return ConfigDict(
+    {
+      'name': name,
+      'seed': 0,  # everything random derives from it
+      'phases': (),  # names of sections; a loop is a tuple ending in its repetitions
+      'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},  # one size may be -1: all devices left
+      'models': {},  # name -> model(...)
+      'loss_chunk': 512,  # scored tokens whose logits exist at a time
+      'max_skipped': 5,  # consecutive steps that are not finite before the run stops
+      'rewarding': {'workers': 2, 'timeout_s': 1.0},  # processes; wall seconds per completion
+      # s: SIGTERM to exit at the latest; keep_every 0: only the newest are kept
+      'checkpoint': {'save_every': 20, 'keep_last': 2, 'keep_every': 0, 'grace_s': 20.0},
+      'log': {'every': 10, 'transcripts_every': 10, 'transcripts': 4},  # steps, steps, rollouts
+      'compilation_cache': '~/.cache/reasonrl',  # compiled programs, reused by later runs; '' = none
+    }
+  )
+
+
+# ------------------------------------------------------------------------------------ models
+
+_LLAMA = {
+  'kind': 'decoder',
+  'weights': '',  # '' = random; a GGUF path or 'smollm2-135m-instruct'
+  'vocab_size': 0,  # 0 = the tokenizer's
+  'num_layers': 2,
+  'width': 64,
+  'num_heads': 4,
+  'num_kv_heads': 4,
+  'head_dim': 16,
+  'mlp_width': 172,
+  'activation': 'silu',  # or 'gelu_tanh' (Gemma)
+  'qkv_bias': False,  # Qwen 2
+  'qk_norm': False,  # Qwen 3, Gemma 3
+  'norm_plus_one': False,  # Gemma
+  'post_norms': False,  # Gemma 2, 3
+  'embed_scale': False,  # Gemma
+  'attention_scale': None,  # None = head_dim ** -0.5; Gemma: query_pre_attn_scalar ** -0.5
+  'attention_softcap': None,  # Gemma 2: 50
+  'final_softcap': None,  # Gemma 2: 30
+  'sliding_window': None,  # Mistral 7B v0.1: 4096
+  'sliding_window_pattern': 0,  # every n-th layer sees everything; Gemma 2: 2, Gemma 3: 6
+  'rope_theta': 10000.0,
+  'tied_embeddings': True,
+  'norm_eps': 1e-5,
+  'max_position': 256,
+  'scan_layers': False,  # compile time of deep models on TPU and GPU; slower on CPU
+  'remat': False,  # recompute activations in the backward pass
+  'param_dtype': 'float32',
+  'compute_dtype': 'float32',
+}
+
+_SIZES = {
+  # nano: methods text 0.3, with a gated MLP of the same size
+  'nano': {},
+  'micro': {'num_layers': 4, 'width': 128, 'head_dim': 32, 'mlp_width': 344},
+  # HuggingFaceTB/SmolLM2-135M-Instruct (arXiv 2502.02737)
+  'smollm2_135m': {
+    'vocab_size': 49152,
+    'num_layers': 30,
+    'width': 576,
+    'num_heads': 9,
+    'num_kv_heads': 3,
+    'head_dim': 64,
+    'mlp_width': 1536,
+    'rope_theta': 100000.0,
+    'max_position': 8192,
+  },
+}
+
+
+def model(size: str) -> ConfigDict:
+  """A Llama-type decoder: 'nano' (0.1M parameters), 'micro' (0.8M), 'smollm2_135m'."""
+  return ConfigDict({**_LLAMA, **_SIZES[size]})
+
+
+# ------------------------------------------------------------------------------------ text
+
+
+def tokenizer(kind: str) -> ConfigDict:
+  """'sentencepiece' (trained on the task's corpus unless `path` is set), 'bytes', 'gguf',
+  'tokenizer_json'."""
+  return ConfigDict(
+    {
+      'kind': kind,
+      'path': '',  # a .model, GGUF or tokenizer.json file
+      'vocab_size': 512,  # of a trained sentencepiece model: at most
+      'model_type': 'bpe',  # 'bpe' | 'unigram' | 'char' | 'word'
+      'byte_fallback': True,  # unknown characters become bytes instead of <unk>
+      'corpus_examples': 2000,  # examples of the task to train on
+    }
+  )
+
+
+def prompt(template: str) -> ConfigDict:
+  """'plain', 'r1_zero' (arXiv 2501.12948, table 1) or 'chat' (the tokenizer's own template)."""
+  return ConfigDict(
+    {
+      'template': template,
+      'system': '',  # system message of 'chat'; '' = the template's own
+      'prefill': '',  # how the completion is made to begin, such as '<think>'
+      'add_bos': False,
+      'max_length': 64,  # tokens; a longer prompt is an error
+    }
+  )
+
+
+# ------------------------------------------------------------------------------------ tasks
+
+
+def shuffled_objects(num_swaps: int) -> ConfigDict:
+  """Track one ball through swaps. The mixture makes a base that rarely thinks in small steps."""
+  return ConfigDict(
+    {
+      'name': 'shuffled_objects',
+      'seed': 0,
+      'num_objects': 5,
+      'num_swaps': num_swaps,
+      'strides': (0, 4, 2, 1),  # 0 = answers without thinking; must divide num_swaps
+      'stride_weights': (0.5, 0.1, 0.1, 0.3),
+      'error_probability': 0.03,  # of a slip at each listed step
+      'direct_known_probability': 0.2,  # a direct answer knows the truth, else it guesses
+      'direct_filler_probability': 0.2,
+      'trace_filler_probability': 0.05,
+    }
+  )
+
+
+def arithmetic() -> ConfigDict:
+  """Sums in digits and in words."""
+  return ConfigDict(
+    {
+      'name': 'arithmetic',
+      'seed': 0,
+      'min_terms': 2,
+      'max_terms': 3,
+      'min_value': 1,
+      'max_value': 99,
+      'forms': ('digits', 'words'),
+      'operations': ('+', '-'),
+    }
+  )
+
+
+def rewards(**weights: float) -> ConfigDict:
+  """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
+  fields = {
+    # 'strict' extraction (boxed, answer tag, ####); the answer must come after </think>
+    'accuracy': {'after_think': True, 'extraction': 'strict'},
+    'r1_format': {'allow_empty_think': False},
+    'open_r1_format': {},
+    'tag_count': {},
+  }
+  return ConfigDict({name: {'weight': w, **fields[name]} for name, w in weights.items()})
+
+
+# ------------------------------------------------------------------------------------ phases
+
+
+def optim(learning_rate: float) -> ConfigDict:
+  """AdamW (arXiv 1711.05101) with TRL's clipping norm."""
+  return ConfigDict(
+    {
+      'learning_rate': learning_rate,
+      'schedule': 'constant',  # 'constant' | 'linear' | 'cosine'
+      'warmup_steps': 0,  # optimizer steps
+      'final_fraction': 0.1,  # of learning_rate, at the end of 'linear' and 'cosine'
+      'b1': 0.9,
+      'b2': 0.95,
+      'eps': 1e-8,
+      'weight_decay': ((r'scale|bias', 0.0), (r'.*', 0.0)),  # (regex, value), first match
+      'lr_scale': ((r'.*', 1.0),),  # (regex, factor), first match; 0 freezes
+      'max_grad_norm': 1.0,
+      'ema_decay': None,  # None = no moving average of the parameters
+    }
+  )
+
+
+def supervised(learning_rate: float) -> ConfigDict:
+  """Learn from worked solutions: loss from the prompt's end on, EOS included."""
+  return ConfigDict(
+    {
+      'kind': 'supervised',
+      'trains': 'policy',
+      'init': 'previous',  # 'previous' | 'scratch' | the name of an earlier phase | a path
+      'steps': 100,
+      'loss': 'nll',
+      'examples_per_step': 128,
+      'row_length': 128,  # tokens of a packed row
+      'rows_per_batch': 32,  # packed rows of a micro-batch
+      'eval_every': 0,  # steps; 0 = only at the end
+      'optim': optim(learning_rate),
+    }
+  )
+
+
+def reinforce(preset: str, learning_rate: float) -> ConfigDict:
+  """Sample, score, assign credit by `algorithm(preset)`, update."""
+  return ConfigDict(
+    {
+      'kind': 'reinforce',
+      'trains': 'policy',
+      'init': 'previous',
+      'ref_init': 'previous',  # the frozen reference, where the algorithm needs one
+      'steps': 100,
+      'env': single_turn(),
+      'algorithm': algorithm(preset),
+      'max_generation_batches': 1,  # rollouts per step while the algorithm keeps too few groups
+      'row_length': 128,
+      'rows_per_batch': 64,
+      'eval_every': 20,
+      'optim': optim(learning_rate),
+    }
+  )
+
+
+def evaluate() -> ConfigDict:
+  """Metrics only."""
+  section = ConfigDict({'kind': 'evaluate', 'trains': 'policy', 'init': 'previous', 'steps': 0})
+  section.update({'eval_every': 0, 'optim': optim(0.0)})
+  return section
+
+
+def single_turn() -> ConfigDict:
+  """One prompt, one completion. Names as in TRL."""
+  return ConfigDict(
+    {
+      'name': 'single_turn',
+      'prompts_per_step': 32,  # R1-Zero: 32 (arXiv 2501.12948, sec. 2.2)
+      'num_generations': 16,  # G; R1-Zero: 16, TRL: 8
+      'max_completion_length': 64,  # tokens, EOS included
+      'temperature': 1.0,
+      'top_k': 0,  # 0 = off
+      'top_p': 1.0,
+      'slots': 0,  # rows decoded at a time; 0 = all
+    }
+  )
+
+
+def evaluation() -> ConfigDict:
+  """Held-out pass@1, greedy and sampled."""
+  return ConfigDict(
+    {
+      'num_examples': 1024,
+      'num_generations': 1,  # samples per problem; greedy takes one
+      'temperature': 1.0,
+      'top_k': 0,
+      'top_p': 1.0,
+      'correct': 'accuracy',  # the reward that means 'right'
+      'env': single_turn(),
+    }
+  )
+
+
+# ------------------------------------------------------------------------------------ algorithms
+
+_GRPO = {
+  'name': 'grpo',
+  'scale_rewards': 'group',  # 'group' (divide by the group's std) | 'none' (Dr. GRPO)
+  'std_ddof': 1,  # torch.std; every torch peer
+  'advantage_eps': 1e-4,  # TRL; verl 1e-6
+  'epsilon': 0.2,
+  'epsilon_high': None,  # None = epsilon
+  'beta': 0.0,  # KL (k3) in the loss
+  'loss_agg': 'token_mean',  # TRL loss_type 'dapo'
+  'loss_constant': 512,  # L of 'token_sum_const'
+  'num_iterations': 1,  # passes over an experience
+  'num_minibatches': 1,  # optimizer steps per pass
+  'mask_truncated_completions': False,
+}
+
+_ALGORITHMS = {
+  # TRL's defaults (GRPOConfig, 2026-07)
+  'grpo': _GRPO,
+  # DeepSeekMath (arXiv 2402.03300), sec. 4.2 and eq. 3; epsilon is not stated there
+  'deepseekmath_grpo': {**_GRPO, 'beta': 0.04, 'loss_agg': 'seq_mean_token_mean'},
+}
+
+
+def algorithm(preset: str) -> ConfigDict:
+  """'grpo' = TRL's current defaults; 'deepseekmath_grpo' = the paper."""
+  return ConfigDict(_ALGORITHMS[preset])
+
+
+def parse(arg: str | None, variants: dict) -> str:
+  """Checks the part behind the colon of --config=file.py:variant.
+
+  Args:
+    arg: the text behind the colon, '' or None for the default.
+    variants: variant -> what it is.
+
+  Raises:
+    ValueError: an unknown variant; lists the choices.
+  """
+  if (arg or '') not in variants:
+    choices = ', '.join(f':{name} ({what})' for name, what in variants.items() if name)
+    raise ValueError(f'variant {arg!r} is not one of {choices}')
+  return arg or ''

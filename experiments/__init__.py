@@ -1,0 +1,1 @@
+"""Runs that support a claim, and the programs that made their numbers."""

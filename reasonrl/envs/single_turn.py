@@ -1,0 +1,84 @@
+"""One prompt, one completion: sample G completions of every prompt, decode them, score them.
+
+Rollout r is row r, and its group is its prompt's place in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from reasonrl import records, sharding, types
+
+WIDTH = 16  # prompts are padded to a multiple of this: few shapes, few compilations
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleTurn:
+  """Settings; every default and its source is in `configs/common.py`."""
+
+  prompts_per_step: int
+  num_generations: int
+  max_completion_length: int
+  temperature: float
+  top_k: int
+  top_p: float
+  slots: int
+
+  def rollout(self, tools: types.Tools, state: dict, step: int) -> types.Experience:
+    """Samples num_generations completions of each of the next prompts and scores them."""
+    examples, G = tools.examples(), self.num_generations
+    prompts = [tools.render(example) for example in examples]
+    longest = sharding.agree(max(map(len, prompts)))
+    tokens_PT = np.zeros((len(prompts), longest + -longest % WIDTH), np.int32)
+    for row, prompt in zip(tokens_PT, prompts):
+      row[: len(prompt)] = prompt
+    prompt_R = np.repeat(np.arange(len(prompts), dtype=np.int32), G)
+    sample_R = np.tile(np.arange(G), len(prompts))
+    id_R = np.asarray([example.index for example in examples])[prompt_R]
+    requests = types.Requests(
+      tokens_PT=tokens_PT,
+      length_P=np.asarray([len(prompt) for prompt in prompts], np.int32),
+      prompt_R=prompt_R,
+      key_R=tools.row_keys(step, id_R, sample_R, 0),
+      max_new_R=np.full(prompt_R.size, self.max_completion_length, np.int32),
+    )
+    stop_ids = tuple(tools.tokenizer.eos_ids)
+    spec = types.Spec(self.temperature, self.top_k, self.top_p, stop_ids)
+    samples = tools.generate(state['params'], requests, spec, self.slots)
+    examples_R = tuple(examples[p] for p in prompt_R)
+    completions = tuple(self._completion(tools, samples, r) for r in range(prompt_R.size))
+    scores = tools.reward(examples_R, completions, prompt_R)
+    return types.Experience(
+      tokens_BT=samples.tokens_RS,
+      prompt_length_B=samples.prompt_length_R,
+      length_B=samples.length_R,
+      source_BT=samples.source_RS,
+      logp_BT=samples.logp_RS,
+      stop_B=samples.stop_R,
+      version_B=np.full(prompt_R.size, state['version'], np.int32),
+      group_B=prompt_R,
+      rollout_B=np.arange(prompt_R.size, dtype=np.int32),
+      reward_R=scores.value,
+      parts=scores.parts,
+      reward_BT=None,
+      scores={},
+      examples=examples_R,
+      completions=completions,
+    )
+
+  def _completion(self, tools, samples, r) -> records.Completion:
+    start, end = samples.prompt_length_R[r], samples.length_R[r]
+    ids = tuple(samples.tokens_RS[r, start:end].tolist())
+    stop = records.Stop(int(samples.stop_R[r]))
+    said = ids[:-1] if stop == records.Stop.EOS else ids
+    text = tools.prefill + tools.tokenizer.decode(list(said), skip_special=False)
+    return records.Completion(
+      text=text,
+      token_ids=ids,
+      num_tokens=len(ids),
+      think=records.think_span(text),
+      stop=stop,
+      cap=self.max_completion_length,
+    )

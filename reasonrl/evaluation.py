@@ -1,0 +1,153 @@
+"""Held-out evaluation: pass@1, greedy and sampled, with intervals, lengths and truncation.
+
+An evaluation is a rollout of the same environment on test examples with its own sampling settings and
+its own random keys, which do not depend on the step: two evaluations differ by their parameters alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from reasonrl import records, rl_math, types
+
+Z95 = 1.959963984540054
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Settings; every default is in `configs/common.py`."""
+
+  num_examples: int
+  num_generations: int
+  temperature: float
+  top_k: int
+  top_p: float
+  correct: str  # the reward part that means 'right': 1.0 or 0.0
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+  """95 % score interval of a proportion p out of n (Wilson 1927): inside [0, 1], not empty at 0 or 1."""
+  centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+  half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+  return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_gain(before, after) -> tuple[float, float, float]:
+  """Mean difference of per-problem results and its 95 % interval: mean +- 1.96 sd / sqrt(n).
+
+  Pairing removes the spread between easy and hard problems, which both runs share.
+  """
+  gain = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+  half = Z95 * gain.std(ddof=1) / math.sqrt(gain.size)
+  return float(gain.mean()), float(gain.mean() - half), float(gain.mean() + half)
+
+
+def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int:
+  """Tokens between <think> and </think>, or to the end if it is not closed; 0 without <think>.
+
+  Counted on the sampled ids: the first ids whose decoded text reaches a character, by bisection.
+  """
+  start = completion.text.find(records.THINK_OPEN)
+  if start < 0:
+    return 0
+  start += len(records.THINK_OPEN)
+  end = completion.text.find(records.THINK_CLOSE, start)
+  ids = list(completion.token_ids)
+  if completion.stop == records.Stop.EOS:
+    ids = ids[:-1]
+
+  def reach(characters):
+    """The least n such that the first n ids decode to at least that many characters."""
+    low, high = 0, len(ids)
+    while low < high:
+      middle = (low + high) // 2
+      text = tokenizer.decode(ids[:middle], skip_special=False)
+      enough = len(prefill) + len(text) >= characters
+      low, high = (low, middle) if enough else (middle + 1, high)
+    return low
+
+  return (len(ids) if end < 0 else reach(end)) - reach(start)
+
+
+def summary(experience: types.Experience, tokenizer, prefill: str) -> dict[str, float]:
+  """Means over rollouts: reward, its parts, lengths, truncation. NaN rewards do not count."""
+  completions = experience.completions
+  out = {'reward': _mean(experience.reward_R), 'reward_std': _std(experience.reward_R)}
+  out |= {f'reward/{name}': _mean(part_R) for name, part_R in experience.parts.items()}
+  lengths = [c.num_tokens for c in completions]
+  out['completion_length'] = float(np.mean(lengths))
+  out['think_length'] = float(np.mean([think_tokens(tokenizer, c, prefill) for c in completions]))
+  out['truncated'] = float(np.mean([c.stop == records.Stop.LENGTH for c in completions]))
+  out['eos_rate'] = float(np.mean([c.stop == records.Stop.EOS for c in completions]))
+  first_row_R = np.unique(experience.rollout_B, return_index=True)[1]
+  group_R = experience.group_B[first_row_R]
+  out['zero_variance_groups'] = rl_math.zero_variance_fraction(experience.reward_R, group_R)
+  out['unmasked_tokens'] = float(sum(lengths) - experience.mask_BT.sum())
+  return out
+
+
+def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
+  """`count` readable rollouts, spread over the batch: rows of rollouts.jsonl without step and phase."""
+  rows_R = np.unique(experience.rollout_B, return_index=True)[1]
+  out = []
+  for r in range(0, rows_R.size, max(rows_R.size // max(count, 1), 1))[:count]:
+    example, completion, row = experience.examples[r], experience.completions[r], rows_R[r]
+    mask_T = experience.mask_BT[row] > 0
+    out.append(
+      {
+        'prompt': example.problem,
+        'completion': completion.text,
+        'answer': example.answer,
+        'reward': float(experience.reward_R[r]),
+        'parts': {name: float(part_R[r]) for name, part_R in experience.parts.items()},
+        'advantage': None if adv_BT is None else float(adv_BT[row][mask_T].mean()),
+        'length': completion.num_tokens,
+        'stop': completion.stop.name.lower(),
+        'index': example.index,
+      }
+    )
+  return out
+
+
+def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dict, dict]:
+  """Greedy and sampled results on the same test examples.
+
+  Returns:
+    metrics: 'eval/{greedy,sampled}/{accuracy, accuracy_low, accuracy_high, ...}', and 'outcomes', the
+      per-problem share of right answers, for paired comparisons.
+    the experiences, by mode.
+  """
+  metrics, experiences = {}, {}
+  modes = {
+    'greedy': {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0},
+    'sampled': {
+      name: getattr(cfg, name) for name in ('num_generations', 'temperature', 'top_k', 'top_p')
+    },
+  }
+  for mode, settings in modes.items():
+    experience = dataclasses.replace(env, **settings).rollout(tools, state, 0)
+    right_PG = experience.parts[cfg.correct].reshape(-1, settings['num_generations'])
+    right_P = np.nan_to_num(right_PG).mean(1)
+    accuracy = float(right_P.mean())
+    low, high = wilson(accuracy, right_P.size)
+    found = summary(experience, tools.tokenizer, tools.prefill)
+    found |= {'accuracy': accuracy, 'accuracy_low': low, 'accuracy_high': high}
+    metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
+    metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]
+    experiences[mode] = experience
+  return metrics, experiences
+
+
+def _mean(values) -> float:
+  values = np.asarray(values, np.float64)
+  values = values[~np.isnan(values)]
+  return float(values.mean()) if values.size else math.nan
+
+
+def _std(values) -> float:
+  values = np.asarray(values, np.float64)
+  values = values[~np.isnan(values)]
+  return float(values.std()) if values.size else math.nan

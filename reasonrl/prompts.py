@@ -1,0 +1,181 @@
+"""From an example to the token ids that the policy continues.
+
+1. `Prompter.augment` rewrites an example where asked (a length target, a hint): once per example,
+   so that all samples of a group and their rewards see the same `meta`.
+2. A template lays the problem out as segments of trusted and untrusted text.
+3. `Prompter.render` encodes them: what a problem contains can never become a turn mark.
+
+Left out on purpose: several turns (an environment appends token ids; it never renders again) and
+truncation (a prompt that is too long is an error).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+from collections.abc import Callable
+
+import jinja2
+from jinja2 import ext, sandbox
+
+from reasonrl import records, tokenizers
+
+# (text, trusted): trusted text is ours, and control strings in it become control ids.
+Segment = tuple[str, bool]
+
+# A pure function of (seed, example); what it decides is stored in the new example's `meta`.
+Augmentation = Callable[[int, records.Example], records.Example]
+
+# DeepSeek-R1-Zero, arXiv 2501.12948 version 2, table 1.
+R1_ZERO = (
+  'A conversation between User and Assistant. The user asks a question, and the Assistant '
+  'solves it. The assistant first thinks about the reasoning process in the mind and then '
+  'provides the user with the answer. The reasoning process and answer are enclosed within '
+  '<think>...</think> and <answer>...</answer> tags, respectively, i.e., <think> reasoning '
+  'process here </think> <answer> answer here </answer>. User: {prompt}. Assistant:'
+)
+
+# Some chat templates print today's date; prompts must not change from one day to the next.
+TODAY = datetime.datetime(2024, 7, 26)
+
+# Stands for the problem while a chat template is rendered. Private use: no template contains it.
+_PLACEHOLDER = '\ue000problem\ue000'
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompter:
+  """Renders prompts.
+
+  Attributes:
+    template: a key of TEMPLATES.
+    system: system message of a 'chat' prompt; '' = none of ours (the template may have its own).
+    prefill: how the completion is made to begin, e.g. '<think>'; '' = nothing. It belongs to the
+      prompt: the policy did not write it, so a reward that needs it must put it back.
+    add_bos: start with the tokenizer's BOS; not with 'chat', whose template writes its own.
+    max_length: the most tokens a prompt may have: the sampler's window less the completion.
+    augmentations: applied in order by `augment`.
+  """
+
+  template: str
+  system: str
+  prefill: str
+  add_bos: bool
+  max_length: int
+  augmentations: tuple[Augmentation, ...] = ()
+
+  def __post_init__(self):
+    if self.template not in TEMPLATES:
+      choices = ', '.join(TEMPLATES)
+      raise records.UserError(f'unknown prompt template {self.template!r}; choose from {choices}')
+    if self.template == 'chat' and self.add_bos:
+      raise records.UserError(
+        "add_bos must be False with template 'chat', which writes its own BOS"
+      )
+    if self.template != 'chat' and self.system:
+      raise records.UserError(
+        f"system={self.system!r} needs template 'chat', not {self.template!r}"
+      )
+
+  def augment(self, seed: int, example: records.Example) -> records.Example:
+    """The example that task, reward and transcript will see; a pure function of its arguments."""
+    for augmentation in self.augmentations:
+      example = augmentation(seed, example)
+    return example
+
+  def render(self, tokenizer: tokenizers.Tokenizer, example: records.Example) -> list[int]:
+    """Token ids of the (already augmented) example's prompt, prefill included.
+
+    Raises:
+      UserError: the prompt is longer than `max_length`; the tokenizer lacks the BOS or the chat
+        template that is asked for; the chat template fails or drops the problem.
+    """
+    ids = []
+    if self.add_bos:
+      if tokenizer.bos_id is None:
+        raise records.UserError('add_bos=True, but the tokenizer has no BOS')
+      ids.append(tokenizer.bos_id)
+    segments = TEMPLATES[self.template](tokenizer, self.system, example.problem)
+    for text, trusted in (*segments, (self.prefill, True)):
+      ids += tokenizer.encode(text) if trusted else tokenizer.encode_user(text)
+    if len(ids) > self.max_length:
+      raise records.UserError(
+        f'the prompt of {example.task}/{example.split}/{example.index} has {len(ids)} tokens; '
+        f'the sampler window leaves room for {self.max_length}'
+      )
+    return ids
+
+
+def plain(tokenizer: tokenizers.Tokenizer, system: str, problem: str) -> list[Segment]:
+  """The problem as it is."""
+  del tokenizer, system
+  return [(problem, False)]
+
+
+def r1_zero(tokenizer: tokenizers.Tokenizer, system: str, problem: str) -> list[Segment]:
+  """The base-model prompt of DeepSeek-R1-Zero."""
+  del tokenizer, system
+  before, after = R1_ZERO.split(' {prompt}')
+  # The space travels with the problem: byte-level vocabularies have ' What', not ' ' + 'What'.
+  return [(before, True), (' ' + problem + after, False)]
+
+
+def chat(tokenizer: tokenizers.Tokenizer, system: str, problem: str) -> list[Segment]:
+  """One user turn in the model's own chat format, opened for the assistant's answer."""
+  if tokenizer.chat_template is None:
+    raise records.UserError(
+      "template 'chat' needs a tokenizer with a chat template; this one has none"
+    )
+  messages = [{'role': 'system', 'content': system}] if system else []
+  messages.append({'role': 'user', 'content': _PLACEHOLDER})
+  bos = None if tokenizer.bos_id is None else tokenizer.id_to_piece(tokenizer.bos_id)
+  try:
+    text = _compile(tokenizer.chat_template).render(
+      messages=messages,
+      add_generation_prompt=True,
+      tools=None,
+      bos_token=bos,
+      eos_token=tokenizer.id_to_piece(tokenizer.eos_ids[0]),
+    )
+  except jinja2.TemplateError as error:
+    raise records.UserError(f'the chat template fails: {error}') from error
+  before, *rest = text.split(_PLACEHOLDER)
+  if not rest:
+    raise records.UserError('the chat template drops the user message')
+  segments = [(before, True)]
+  for part in rest:
+    segments += [(problem, False), (part, True)]
+  return segments
+
+
+TEMPLATES = {'plain': plain, 'r1_zero': r1_zero, 'chat': chat}
+
+
+class _Generation(ext.Extension):
+  """`{% generation %}` marks what an assistant wrote, for training masks. Here: just its body."""
+
+  tags = {'generation'}
+
+  def parse(self, parser):
+    next(parser.stream)
+    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+
+@functools.cache
+def _compile(source):
+  """A chat template comes with a downloaded model: it is compiled in a sandbox.
+
+  The settings are those that the templates were written against, in transformers.
+  """
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols', _Generation]
+  )
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  environment.globals['raise_exception'] = raise_exception
+  environment.globals['strftime_now'] = TODAY.strftime
+  environment.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+  return environment.from_string(source)

@@ -1,0 +1,339 @@
+"""The story of a run for a reader: curves.png and a self-contained report.html.
+
+    python -m reasonrl.report --workdir=runs/r1_zero-20260131-235959
+
+Reads what logs.py wrote, also while the run is still going; what a run did not log is not drawn.
+The x axis is the step counted over all phases.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib.figure
+import matplotlib.ticker
+from absl import app, flags
+
+from reasonrl import logs, records
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = '#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f'
+
+# title, y axis ('percent' | 'zero': starts there | 'free' | 'log'), series (label, rows, metric,
+# colour); rows: 'train', of these 'supervised' (no reward) or 'reinforce' (a reward); 'eval'
+PANELS = (
+  (
+    'Accuracy',
+    'percent',
+    (
+      ('training samples', 'reinforce', 'reward/accuracy', BLUE),
+      ('held-out, sampled', 'eval', 'eval/sampled/accuracy', ORANGE),
+      ('held-out, greedy', 'eval', 'eval/greedy/accuracy', GREEN),
+    ),
+  ),
+  ('Reward', 'free', (('training samples', 'reinforce', 'reward', BLUE),)),
+  (
+    'Length (tokens)',
+    'zero',
+    (
+      ('completion', 'reinforce', 'completion_length', BLUE),
+      ('thinking', 'reinforce', 'think_length', PURPLE),
+      ('thinking, held-out', 'eval', 'eval/sampled/think_length', ORANGE),
+    ),
+  ),
+  ('Entropy (nats per token)', 'zero', (('policy', 'reinforce', 'entropy', BLUE),)),
+  (
+    'Supervised loss (nats per token)',
+    'zero',
+    (
+      ('training', 'supervised', 'loss', BLUE),
+      ('held-out', 'eval', 'eval/loss', ORANGE),
+    ),
+  ),
+  ('Gradient norm', 'log', (('before clipping', 'train', 'grad_norm', GREY),)),
+)
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a .jsonl file; a last line that is still being written is left out."""
+  text = path.read_text(encoding='utf-8') if path.exists() else ''
+  return [json.loads(line) for line in text.split('\n')[:-1]]
+
+
+def _rows_with(rows: Sequence[Mapping[str, Any]], which: str, metric: str):
+  """The rows of the kind `which` (see PANELS) that have the metric."""
+  return [
+    row
+    for row in rows
+    if row.get(metric) is not None
+    and (row['kind'] == 'eval') == (which == 'eval')
+    and (which in ('eval', 'train') or (which == 'reinforce') == ('reward' in row))
+  ]
+
+
+def _smooth(values: Sequence[float], window: int) -> list[float]:
+  """Mean over the `window` values around each; fewer at the ends."""
+  half = window // 2
+  near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+  return [sum(v) / len(v) for v in near]
+
+
+def _phases(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+  """(name, first step, last step) of each stretch of rows of one phase, in order."""
+  return [
+    (name, stretch[0]['step'], stretch[-1]['step'])
+    for name, group in itertools.groupby(rows, key=lambda row: row['phase'])
+    for stretch in [list(group)]
+  ]
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> str:
+  """'Held-out accuracy: sampled 0.312 → 0.940 (95%: 0.925 to 0.953)', or '' without evaluations.
+
+  From the last evaluation before reinforcement began, or else the first, to the last.
+  """
+  began = min((row['step'] for row in _rows_with(rows, 'reinforce', 'reward')), default=0)
+  texts = []
+  for name in ('sampled', 'greedy'):
+    key = f'eval/{name}/accuracy'
+    chosen = _rows_with(rows, 'eval', key)
+    if len(chosen) > 1:
+      before = ([row for row in chosen if row['step'] < began] or chosen[:1])[-1]
+      low, high = chosen[-1].get(f'{key}_low'), chosen[-1].get(f'{key}_high')
+      interval = '' if low is None or high is None else f' (95%: {low:.3f} to {high:.3f})'
+      texts.append(f'{name} {before[key]:.3f} → {chosen[-1][key]:.3f}{interval}')
+  return 'Held-out accuracy: ' + ',  '.join(texts) if texts else ''
+
+
+def curves_png(workdir: str | pathlib.Path) -> pathlib.Path:
+  """Draws curves.png from metrics.jsonl and returns its path.
+
+  Raises:
+    UserError: there are no metrics.
+  """
+  workdir = pathlib.Path(workdir)
+  rows = read_rows(workdir / logs.METRICS)
+  if not rows:
+    raise records.UserError(f'no metrics in {workdir / logs.METRICS}')
+  panels = [p for p in PANELS if any(_rows_with(rows, which, key) for _, which, key, _ in p[2])]
+  columns = 2 if len(panels) > 1 else 1
+  lines = max(1, -(-len(panels) // columns))
+  height = 2.9 * lines + 0.7
+  figure = matplotlib.figure.Figure(figsize=(6.4 * columns, height), dpi=110)
+  axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+  for axis, panel in zip(axes, panels, strict=False):
+    _draw(axis, panel, rows)
+  for axis in axes[len(panels) :]:
+    axis.remove()
+  figure.text(0.012, 1 - 0.12 / height, workdir.resolve().name, va='top', size=14, weight='bold')
+  figure.text(0.012, 1 - 0.43 / height, headline(rows), va='top', size=11)
+  figure.tight_layout(rect=(0, 0, 1, 1 - 0.65 / height))
+  path = workdir / 'curves.png'
+  figure.savefig(path)
+  return path
+
+
+def _draw(axis, panel, rows) -> None:
+  """One panel. It spans the phases that logged its training metrics, and no others."""
+  title, scale, series = panel
+  drawn = [row for _, which, key, _ in series for row in _rows_with(rows, which, key)]
+  trained = [row for row in drawn if row['kind'] == 'train'] or drawn
+  first, last = (pick(row['step'] for row in trained) for pick in (min, max))
+  rows = [row for row in rows if first - 1 <= row['step'] <= last]
+  phases = _phases([row for row in rows if row['kind'] == 'train' and row['step'] >= first])
+  for label, which, key, colour in series:
+    chosen = _rows_with(rows, which, key)
+    if which == 'eval':
+      _draw_evaluations(axis, chosen, key, label, colour)
+    else:
+      _draw_training(axis, chosen, key, label, colour)
+  if scale == 'log':
+    axis.set_yscale('log')
+  elif scale == 'percent':
+    axis.set_ylim(-0.02, 1.02)
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+  elif scale == 'zero':
+    axis.set_ylim(bottom=0)
+  axis.set_title(title, loc='left', fontsize=11, pad=16)
+  axis.set_xlabel('step')
+  axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+  axis.grid(alpha=0.25)
+  axis.spines[['top', 'right']].set_visible(False)
+  top = axis.get_xaxis_transform()
+  for i, (name, begin, end) in enumerate(phases):
+    if i % 2:
+      axis.axvspan(begin - 1, end, color='#f0e9d8', alpha=0.6, lw=0, zorder=0)
+    if len(phases) <= 6:  # the names of a long loop would overlap
+      axis.text(begin, 1.01, name, transform=top, va='bottom', size=8, color=GREY)
+  axis.legend(fontsize=8, frameon=False, loc='best')
+
+
+def _draw_training(axis, rows, key, label, colour) -> None:
+  """A line for each phase; a long one is drawn faintly under its moving mean."""
+  window = max(1, len(rows) // 40) // 2 * 2 + 1  # odd, so that it has a middle
+  label += f' (mean of {window} steps)' if window > 1 else ''
+  for _, stretch in itertools.groupby(rows, key=lambda row: row['phase']):
+    steps, values = zip(*((row['step'], row[key]) for row in stretch), strict=True)
+    if window > 1:
+      axis.plot(steps, values, color=colour, lw=0.6, alpha=0.35)
+    axis.plot(steps, _smooth(values, window), color=colour, lw=1.6, label=label)
+    label = None
+
+
+def _draw_evaluations(axis, rows, key, label, colour) -> None:
+  """Points, with their 95% interval where it was logged."""
+  if not rows:
+    return
+  steps, values = [row['step'] for row in rows], [row[key] for row in rows]
+  bounded = [row for row in rows if row.get(f'{key}_low') is not None]
+  axis.vlines(
+    [row['step'] for row in bounded],
+    [row[f'{key}_low'] for row in bounded],
+    [row[f'{key}_high'] for row in bounded],
+    color=colour,
+    lw=1.2,
+  )
+  label += ' (95% interval)' if bounded else ''
+  axis.plot(steps, values, 'o-', color=colour, ms=4, lw=1, label=label, zorder=3)
+
+
+def html(workdir: str | pathlib.Path) -> pathlib.Path:
+  """Writes report.html, one file with everything inside, and returns its path."""
+  workdir = pathlib.Path(workdir)
+  rows = read_rows(workdir / logs.METRICS)
+  picture = base64.b64encode(curves_png(workdir).read_bytes()).decode('ascii')
+  last = {row['phase']: row for row in rows if row['kind'] == 'train'}
+  samples = collections.defaultdict(list)
+  for row in read_rows(workdir / logs.ROLLOUTS):
+    samples[row['step']].append(row)
+  steps = sorted(samples)
+  steps = [steps[i] for i in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
+  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+  text = environment.from_string(TEMPLATE).render(
+    name=workdir.resolve().name,
+    headline=headline(rows),
+    picture=picture,
+    evaluations=_table([row for row in rows if row['kind'] == 'eval'], 'eval/'),
+    finals=_table(list(last.values()), ''),
+    transcripts=[
+      (step, samples[step][0]['phase'], [_pieces(row) for row in samples[step][:6]])
+      for step in steps
+    ],
+    files=[
+      (name, (workdir / name).read_text(encoding='utf-8'))
+      for name in ('config.json', 'env.json')
+      if (workdir / name).exists()
+    ],
+  )
+  path = workdir / 'report.html'
+  path.write_text(text, encoding='utf-8', errors='backslashreplace')
+  return path
+
+
+def _table(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[list[str]]:
+  """Header and body: one line for a metric whose name starts with prefix, one column for a row."""
+  if not rows:
+    return []
+  metrics = sorted({k for row in rows for k in row if k.startswith(prefix)})
+  metrics = [k for k in metrics if k not in ('step', 'phase', 'phase_step', 'kind')]
+
+  def cell(value):
+    return f'{value:.4g}' if isinstance(value, int | float) else ''
+
+  head = ['', *(f'{row["phase"]}, step {row["step"]}' for row in rows)]
+  return [head, *([key, *(cell(row.get(key)) for row in rows)] for key in metrics)]
+
+
+def _pieces(row: Mapping[str, Any]) -> dict[str, Any]:
+  """A transcript cut where its colours change."""
+  before, think, after = row['completion'], '', ''
+  span = records.think_span(row['completion'])
+  if span is not None:
+    think = records.THINK_OPEN + span + records.THINK_CLOSE
+    before, _, after = row['completion'].partition(think)
+  accuracy = row['parts'].get('accuracy')
+  verdict = '' if accuracy is None else 'right' if accuracy == 1 else 'wrong'
+  facts = [f'{name} {row[name]:.3g}' for name in ('reward', 'advantage') if row[name] is not None]
+  facts = [verdict, f'answer {row["answer"]}', *facts, f'{row["length"]} tokens', row['stop']]
+  return {
+    'prompt': row['prompt'],
+    'before': before,
+    'think': think,
+    'after': after,
+    'verdict': verdict,
+    'facts': '  '.join(facts),
+  }
+
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ name }}</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }
+h2 { margin-top: 2.5rem } img { max-width: 100% }
+table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; font-weight: 400 }
+td:first-child { text-align: left; font-family: monospace } th { color: #666 }
+pre, .sample { font: 13px/1.45 monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+.sample { border-left: 4px solid #bbb; padding: .3rem .8rem; margin: .8rem 0 }
+.right { border-color: #009e73 } .right b { color: #00704f }
+.wrong { border-color: #d55e00 } .wrong b { color: #b04a00 }
+.prompt, .facts { color: #777 } .think { color: #0067a3 }
+</style>
+<img alt="{{ name }}. {{ headline }}" src="data:image/png;base64,{{ picture }}">
+{% for title, table in (('Held-out evaluation', evaluations), ('Last training step', finals)) %}
+{% if table %}
+<h2>{{ title }}</h2>
+<div class="wide"><table>
+<tr>{% for cell in table[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for line in table[1:] %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endif %}
+{% endfor %}
+{% if transcripts %}
+<h2>Transcripts</h2>
+<p>Grey: the prompt. Blue: thinking. Then what was said, green where right, red where wrong.</p>
+{% for step, phase, rows in transcripts %}
+<h3>Step {{ step }} ({{ phase }})</h3>
+{% for row in rows %}
+<div class="sample {{ row.verdict }}"><span class="prompt">{{ row.prompt }}</span>
+<b>{{ row.before }}</b><span class="think">{{ row.think }}</span><b>{{ row.after }}</b>
+<span class="facts">{{ row.facts }}</span></div>
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% for file, text in files %}
+<details><summary>{{ file }}</summary><pre>{{ text }}</pre></details>
+{% endfor %}
+</html>
+"""
+
+
+def write(workdir: str | pathlib.Path) -> None:
+  """Both files, and a line that says where they are."""
+  page = html(workdir)
+  print(f'report: {page} and {page.with_name("curves.png")}')
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:] or not flags.FLAGS.workdir:
+    raise records.UserError('give --workdir=FOLDER and nothing else')
+  write(flags.FLAGS.workdir)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'Folder of a run.')  # here: main.py has one and imports this
+  try:
+    app.run(main, flags_parser=flags.FLAGS)
+  except (records.UserError, flags.Error) as e:
+    print(f'error: {e}', file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,15 @@
+"""What is good: one file per kind of reward, one row per reward in REWARDS.
+
+A reward is a frozen, picklable dataclass called with (example, completion), or with the lists of a
+whole group if its class says `group = True`; it returns a Score or a list of them. It is pure, takes
+linear time and raises on no string. `rewarding.Pool` runs it in a process that can be killed.
+"""
+
+from reasonrl.rewards import answer, format
+
+REWARDS = {
+  'accuracy': answer.Accuracy,
+  'r1_format': format.R1Format,
+  'open_r1_format': format.OpenR1Format,
+  'tag_count': format.TagCount,
+}

@@ -1,0 +1,57 @@
+"""Packaging: reasonrl, with the top-level folders installed inside its namespace.
+
+Plain `jax` is required; the accelerator comes as an extra: `pip install -e '.[tpu]'`. The lower
+bounds are the oldest versions that were run together (Colab's), not the oldest that might work.
+"""
+
+import setuptools
+
+TOP_LEVEL = ('kernels', 'configs', 'experiments')  # their plain names are taken on PyPI
+
+setuptools.setup(
+  name='reasonrl',
+  version='0.1.0',
+  description='Reasoning by reinforcement learning, in JAX',
+  python_requires='>=3.11',
+  packages=[
+    *setuptools.find_packages(include=['reasonrl', 'reasonrl.*']),
+    *(
+      f'reasonrl.{name}'
+      for top in TOP_LEVEL
+      for name in setuptools.find_packages(include=[top, f'{top}.*'])
+    ),
+  ],
+  package_dir={f'reasonrl.{top}': top for top in TOP_LEVEL},
+  install_requires=[
+    'absl-py>=2.1',
+    'flax>=0.11.2',
+    'grain>=0.2.18',
+    'jax>=0.7.2',
+    'jinja2>=3.1',
+    'matplotlib>=3.9',
+    'ml-collections>=1.0',
+    'numpy>=2.0',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.4',
+    'rich>=13.7',
+    'sentencepiece>=0.2',
+    'tensorstore>=0.1.84',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]>=0.7.2'],
+    'cuda': ['jax[cuda12]>=0.7.2'],  # runs on older drivers than cuda13 does
+    'hf': ['tokenizers>=0.20', 'gguf>=0.10'],
+    'gym': ['reasoning-gym>=0.1.25'],
+    'math': ['math-verify>=0.9'],
+    'sweep': ['optuna>=4'],
+    'test': [
+      'gguf>=0.10',
+      'hypothesis>=6.100',
+      'pytest>=8',
+      'pytest-timeout>=2.3',
+      'ruff>=0.9',
+      'setuptools>=70.1',  # the wheel test builds one without the network
+      'tokenizers>=0.20',
+    ],
+  },
+)
