@@ -1,7 +1,7 @@
 """Builders and presets: every field of every section, its default, unit and source.
 
-A config calls these, changes what differs and says why. Library dataclasses have no defaults: what is
-written here is the whole truth, and a test checks that sections and dataclasses agree.
+A config calls these, changes what differs and says why. Library dataclasses have no defaults: what
+is written here is the whole truth, and a test checks that sections and dataclasses agree.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def base(name: str) -> ConfigDict:
       # s: SIGTERM to exit at the latest; keep_every 0: only the newest are kept
       'checkpoint': {'save_every': 20, 'keep_last': 2, 'keep_every': 0, 'grace_s': 20.0},
       'log': {'every': 10, 'transcripts_every': 10, 'transcripts': 4},  # steps, steps, rollouts
-      'compilation_cache': '~/.cache/reasonrl',  # compiled programs, reused by later runs; '' = none
+      'compilation_cache': '~/.cache/reasonrl',  # of compiled programs; '' = none
     }
   )
 

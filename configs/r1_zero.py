@@ -23,8 +23,8 @@ def get_config(arg=''):
   config.task = common.shuffled_objects(num_swaps=8)
   config.prompt = common.prompt('plain')
   config.prompt.add_bos = True
-  # Format alone must not ask for thinking: an empty think span is well-formed here, so that thinking
-  # grows only because it makes answers right.
+  # Format alone must not ask for thinking: an empty think span is well-formed here, so that
+  # thinking grows only because it makes answers right.
   config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
   config.rewards.r1_format.allow_empty_think = True
 

@@ -1,1 +1,1 @@
-"""Kernels, one per file: `x`, its reference `x_ref` and `cases()`. Reached only through reasonrl.ops."""
+"""Kernels, one per file: `x`, its reference `x_ref`, `cases()`. Called through reasonrl.ops."""

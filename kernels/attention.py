@@ -2,8 +2,8 @@
 
     out[b,h,t] = sum_s softmax_s(cap(scale * q[b,h,t] . k[b,h',s]) + mask[b,t,s]) v[b,h',s]
 
-where h' = h // (H / K). The same function serves training (T = S) and decoding (T = 1 against a cache).
-Scores and softmax are float32; the operands of both products have the dtype of q, k and v.
+where h' = h // (H / K). The same function serves training (T = S) and decoding (T = 1 against a
+cache). Scores and softmax are float32; the operands of both products have the dtype of q, k and v.
 """
 
 import jax

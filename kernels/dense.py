@@ -1,9 +1,9 @@
 """The one weight product: y[..., o] = sum_i x[..., i] w[o, i].
 
-Weights are stored [out, in] and contracted on the last axis of both sides, operands are flattened to
-two dimensions and cast to `compute_dtype`, products accumulate in float32. The custom VJP casts the
-cotangent to `compute_dtype` too, so that all three products of a training step run on the matrix unit.
-float32 means float32 (`Precision.HIGHEST`), on TPU and GPU as well.
+Weights are stored [out, in] and contracted on the last axis of both sides, operands are flattened
+to two dimensions and cast to `compute_dtype`, products accumulate in float32. The custom VJP casts
+the cotangent to `compute_dtype` too, so that all three products of a training step run on the
+matrix unit. float32 means float32 (`Precision.HIGHEST`), on TPU and GPU as well.
 """
 
 import functools
@@ -19,7 +19,7 @@ def dense_ref(x, w_OI, compute_dtype):
 
 
 def contract(a, b, dims, compute_dtype):
-  """`lax.dot_general` of two matrices, accumulated and returned in float32. dims: one axis of each."""
+  """`lax.dot_general` of two matrices, summed in float32; dims: one axis of each."""
   precision = jax.lax.Precision.HIGHEST if compute_dtype == jnp.float32 else None
   return jax.lax.dot_general(
     a.astype(compute_dtype),
@@ -60,5 +60,5 @@ dense.defvjp(_forward, _backward)
 
 
 def cases():
-  """(name, x shape, w shape) on which `dense` is compared with `dense_ref`, values and gradients."""
+  """(name, x shape, w shape): where `dense` is compared with `dense_ref`."""
   return [('vector', (3,), (5, 3)), ('rows', (7, 16), (8, 16)), ('batch', (2, 3, 16), (5, 16))]

@@ -4,8 +4,8 @@
     logp_m = z_m,target - logsumexp_v z_mv          entropy_m = -sum_v p_mv log p_mv
     loss   = sum_m fn(logp_m, entropy_m, aux_m)
 
-Two operations, both over chunks of R rows, so that nothing larger than [R, V] exists beside W and its
-gradient:
+Two operations, both over chunks of R rows, so that nothing larger than [R, V] exists beside W and
+its gradient:
 
   token_logps   forward only: logp, entropy.                                       2MDV FLOPs
   token_loss    gradient in forward: a chunk's logits are made once, fn's own

@@ -1,7 +1,7 @@
 """Checkpoints through Orbax: everything that decides the future, atomic, on any mesh.
 
-`checkpoints/<step>` holds the train state and a JSON item (position, data position, best metric, log
-offsets, tokenizer fingerprint). `phases/<name>` holds the final parameters of a phase, outside
+`checkpoints/<step>` holds the train state and a JSON item (position, data position, best metric,
+log offsets, tokenizer fingerprint). `phases/<name>` holds the final parameters of a phase, outside
 retention. Steps count over the whole run. `StopSignal` turns SIGTERM and Ctrl-C into a save.
 """
 

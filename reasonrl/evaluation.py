@@ -1,7 +1,8 @@
 """Held-out evaluation: pass@1, greedy and sampled, with intervals, lengths and truncation.
 
-An evaluation is a rollout of the same environment on test examples with its own sampling settings and
-its own random keys, which do not depend on the step: two evaluations differ by their parameters alone.
+An evaluation is a rollout of the same environment on test examples with its own sampling settings
+and its own random keys, which do not depend on the step: two evaluations differ by their parameters
+  alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Evaluation:
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
-  """95 % score interval of a proportion p out of n (Wilson 1927): inside [0, 1], not empty at 0 or 1."""
+  """95 % score interval of a proportion p out of n (Wilson 1927); not empty at 0 or 1."""
   centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
   half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
   return max(0.0, centre - half), min(1.0, centre + half)
@@ -90,7 +91,7 @@ def summary(experience: types.Experience, tokenizer, prefill: str) -> dict[str, 
 
 
 def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
-  """`count` readable rollouts, spread over the batch: rows of rollouts.jsonl without step and phase."""
+  """`count` rollouts spread over the batch: rows of rollouts.jsonl without step and phase."""
   rows_R = np.unique(experience.rollout_B, return_index=True)[1]
   out = []
   for r in range(0, rows_R.size, max(rows_R.size // max(count, 1), 1))[:count]:
@@ -116,8 +117,8 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dic
   """Greedy and sampled results on the same test examples.
 
   Returns:
-    metrics: 'eval/{greedy,sampled}/{accuracy, accuracy_low, accuracy_high, ...}', and 'outcomes', the
-      per-problem share of right answers, for paired comparisons.
+    metrics: 'eval/{greedy,sampled}/{accuracy, accuracy_low, accuracy_high, ...}', and 'outcomes',
+      the per-problem share of right answers, for paired comparisons.
     the experiences, by mode.
   """
   metrics, experiences = {}, {}

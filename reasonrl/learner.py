@@ -74,8 +74,8 @@ def sequences(tokens_BT, length_B, aux_BT: dict) -> list[types.Sequence]:
 def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
   """Sequences -> micro-batches of `rows` rows by first fit, longest first.
 
-  The number of scored slots per row is the largest any row needs, rounded up to a quarter of the row
-  (few shapes, few compilations) and to `multiple`.
+  The number of scored slots per row is the largest any row needs, rounded up to a quarter of the
+  row (few shapes, few compilations) and to `multiple`.
 
   Args:
     seqs: sequences of at most row_length tokens.
@@ -251,7 +251,7 @@ class Learner:
 
   @functools.partial(jax.jit, static_argnums=0)
   def score(self, params, batch: types.Batch) -> Out:
-    """Log-probability and entropy of the scored tokens, [B, M] each: forward only, no logits kept."""
+    """Log-probability and entropy of the scored tokens, [B, M] each; forward only."""
     hidden_MD, targets_M, _ = self._scored(params, batch)
     out = ops.token_logps(
       hidden_MD,

@@ -448,9 +448,9 @@ class Display:
     return f'{_clock((end - begin) / (last - first) * (self._steps - last))} left'
 
   def _line(self) -> rich.text.Text:
-    text = rich.text.Text(f'{self._name} {self._step}/{self._steps}  ')
-    text.append_text(_values(self._metrics, COLUMNS))
-    return text.append(f'  {self._left()}' if self._left() else '')
+    parts = [rich.text.Text(f'{self._name} {self._step}/{self._steps}')]
+    parts += [_values(self._metrics, COLUMNS), rich.text.Text(self._left())]
+    return rich.text.Text('  ').join(part for part in parts if part)
 
   def _picture(self) -> rich.console.RenderableType:
     """The live lines. Drawn by rich's own thread."""

@@ -74,7 +74,6 @@ def parse(argv: list[str]) -> list[str]:
     given = find_config(given if equals else ''.join(argv[at + 1 : at + 2]))
     argv = [*argv[:at], f'{flag}={given}', *rest]
     check_overrides(argv, given)
-  sys.argv = argv  # config_flags reads the overrides from there
   return flags.FLAGS(argv)
 
 

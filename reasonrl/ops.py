@@ -1,4 +1,4 @@
-"""The only door to the kernels: picks the back end and wraps `shard_map`. Models and the learner call these.
+"""The only door to the kernels: picks the back end and wraps `shard_map`.
 
 On a mesh the scored tokens are split over all three axes, the head matrix is gathered once per call
 (not per chunk), and the gradient of the head is summed over the mesh once per call.
@@ -11,7 +11,7 @@ import functools
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from reasonrl import sharding
+from reasonrl import types
 from reasonrl.kernels import attention as attention_kernel
 from reasonrl.kernels import dense as dense_kernel
 from reasonrl.kernels import policy_loss
@@ -26,7 +26,7 @@ def token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows: int, mesh: Me
   run = functools.partial(policy_loss.token_logps, form=form, rows=rows)
   if mesh.size == 1:
     return run(hidden_MD, head_VD, bias_V, targets_M)
-  tokens, whole = sharding.TOKENS, PartitionSpec()
+  tokens, whole = types.TOKENS, PartitionSpec()
   return jax.shard_map(
     run,
     mesh=mesh,
@@ -45,9 +45,9 @@ def token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows: int, 
     loss, metrics = policy_loss.token_loss(
       hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows
     )
-    return jax.lax.psum(loss, sharding.AXES), metrics
+    return jax.lax.psum(loss, types.MESH_AXES), metrics
 
-  tokens, whole = sharding.TOKENS, PartitionSpec()
+  tokens, whole = types.TOKENS, PartitionSpec()
   return jax.shard_map(
     local,
     mesh=mesh,

@@ -1,4 +1,4 @@
-"""Optimizers from a config section: AdamW, schedules, clipping; decay and freezing by (regex, value).
+"""AdamW with schedules and clipping; decay and freezing by (regex, value).
 
 `weight_decay` and `lr_scale` are lists of (regex, value) over parameter paths; the first match wins
 and a parameter that no regex covers is an error. lr_scale 0 freezes: such a parameter has no
@@ -59,7 +59,7 @@ def schedule(cfg: Optim, steps: int):
 
 
 def build(cfg: Optim, params, steps: int) -> optax.GradientTransformation:
-  """The optax chain for this parameter tree (arrays or shapes): clip, Adam, decay, learning rate."""
+  """The optax chain for this parameter tree (arrays or shapes): clip, Adam, decay, rate."""
   by_path = lambda rules, what: jax.tree_util.tree_map_with_path(  # noqa: E731
     lambda path, _: float(sharding.match(sharding.path_of(path), rules, what)), params
   )

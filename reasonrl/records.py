@@ -20,7 +20,7 @@ TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 
 
 class UserError(ValueError):
-  """Bad input from the user: one line that names the value and the choices. `main` prints it bare."""
+  """Bad input: one line that names the value and the choices. `main` prints it bare."""
 
 
 class Stop(enum.IntEnum):

@@ -3,15 +3,18 @@
 1. `prefill` runs each prompt through the trunk once and fills its cache.
 2. `fork` copies rows: the G samples of a prompt start from one prefill.
 3. `decode` is one compiled `while_loop` that leaves as soon as every row has stopped.
-4. `append` feeds tokens that the policy did not write (tool output, forced text), and decoding goes on.
-5. `generate` takes any number of requests and runs them in waves of `slots` rows; results are indexed
-   by request, never by slot.
+4. `append` feeds tokens that the policy did not write (tool output, forced text), and decoding goes
+   on.
+5. `generate` takes any number of requests and runs them in waves of `slots` rows; results are
+   indexed by request, never by slot.
 
-Invariant between calls: a row's last token is pending. The cache holds the tokens before it, and the
-next decode step feeds it. So a row is fully described by its tokens, and re-prefilling them gives the
-same state.
+Invariant between calls: a row's last token is pending. The cache holds the tokens before it, and
+  the
+next decode step feeds it. So a row is fully described by its tokens, and re-prefilling them gives
+the same state.
 
-Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned into a
+Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned into
+  a
 token by inverse CDF. So a draw depends on neither the batch layout nor the number of devices.
 
 Left out on purpose: shared-prefix attention, cache segments, compaction, slot refill, controls.
@@ -63,7 +66,8 @@ def _row_keys(seed, folds):
 def row_keys(seed, purpose, phase, iteration, step, prompt_R, sample_R, thread_R) -> np.ndarray:
   """uint32 [R, 2]: fold_in over (seed, purpose, phase, iteration, step, prompt id, sample, thread).
 
-  `purpose` is a key of PURPOSES; the arguments ending in _R are integer arrays, the others integers.
+  `purpose` is a key of PURPOSES; the arguments ending in _R are integer arrays, the others
+  integers.
   """
   fixed = (PURPOSES[purpose], phase, iteration, step)
   folds = np.broadcast_arrays(*fixed, prompt_R, sample_R, thread_R)
@@ -116,8 +120,8 @@ def keep_top_k(weight_BV, k: int):
 def keep_top_p(weight_BV, p: float):
   """The smallest set of largest weights whose share is at least p (arXiv 1904.09751); ties stay.
 
-  The threshold is found by bisection over the bit patterns of non-negative floats, which are ordered
-  like the floats: exact, and no sort of the vocabulary.
+  The threshold is found by bisection over the bit patterns of non-negative floats, which are
+  ordered like the floats: exact, and no sort of the vocabulary.
   """
   if p >= 1.0:
     return weight_BV
@@ -168,7 +172,7 @@ class Sampler:
 
   @functools.partial(jax.jit, static_argnums=0)
   def layout(self, params):
-    """Decode parameters: matrices cast to the compute dtype and gathered over fsdp, once per rollout."""
+    """Decode parameters: matrices in the compute dtype, gathered over fsdp; once per rollout."""
     shardings = sharding.param_shardings(params, self.model.decode_sharding_rules, self.mesh)
     dtype = jnp.dtype(self.model.compute_dtype)
     cast = lambda x: x.astype(dtype) if x.ndim > 1 else x  # noqa: E731
@@ -217,7 +221,7 @@ class Sampler:
 
   @functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
   def decode(self, params, state: State, spec: types.Spec, max_new) -> State:
-    """types.Samples up to max_new more tokens per row. A row that ran out of length may go on; EOS stays."""
+    """Up to max_new more tokens per row. A row that ran out of length may go on; EOS stays."""
     B = state.length_B.shape[0]
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
@@ -287,7 +291,7 @@ class Sampler:
   def generate(
     self, params, requests: types.Requests, spec: types.Spec, slots: int, poll: Callable[[], None]
   ) -> types.Samples:
-    """types.Samples every request, `slots` rows at a time (0: all at once); `poll` runs between waves.
+    """Samples every request, `slots` rows at a time (0: all at once); `poll` runs between waves.
 
     The window is the longest prompt plus the largest max_new.
 
@@ -309,13 +313,13 @@ class Sampler:
     most = max(p.size for p in prompts)
     most += -most % multiple
     params, out = self.layout(params), []
-    for wave, used in zip(waves, prompts):
+    for wave, used in zip(waves, prompts, strict=True):
       poll()
       state = self._start(params, requests, wave, used, slots, most, window)
       state = self.decode(params, state, spec, int(requests.max_new_R.max()))
       rows = (state.tokens_BS, state.length_B, state.source_BS, state.logp_BS, state.stop_B)
       out.append([x[: wave.size] for x in sharding.fetch_rows(rows)])
-    tokens_RS, length_R, source_RS, logp_RS, stop_R = (np.concatenate(x) for x in zip(*out))
+    tokens_RS, length_R, source_RS, logp_RS, stop_R = (np.concatenate(x) for x in zip(*out, strict=True))
     prompt_length_R = requests.length_P[requests.prompt_R]
     return types.Samples(tokens_RS, prompt_length_R, length_R, source_RS, logp_RS, stop_R)
 
@@ -333,7 +337,7 @@ class Sampler:
 
   def _place(self, state: State) -> State:
     """Rows over data and fsdp, key/value heads over tensor where they divide."""
-    batch, heads = sharding.BATCH, self.model.num_kv_heads % self.mesh.shape['tensor'] == 0
+    batch, heads = types.ROWS, self.model.num_kv_heads % self.mesh.shape['tensor'] == 0
 
     def place(x, spec):
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

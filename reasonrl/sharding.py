@@ -18,11 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from reasonrl import records
-
-AXES = ('data', 'fsdp', 'tensor')
-BATCH = PartitionSpec(('data', 'fsdp'))  # rows of a batch, slots of the sampler
-TOKENS = PartitionSpec(AXES)  # scored tokens
+from reasonrl import records, types
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
@@ -38,19 +34,19 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
   used = math.prod(sizes)
   if min(sizes) < 1 or used > len(devices) or (jax.process_count() > 1 and used < len(devices)):
     raise records.UserError(
-      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices: the product '
-      'must not exceed it, a size of -1 must divide what is left, and several hosts use every device'
+      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices: the '
+      'product must not exceed it, -1 takes what divides, and several hosts use every device'
     )
   # Auto: make_mesh defaults to Explicit axes since jax 0.9, under which a product of two sharded
   # operands raises a ShardingTypeError instead of letting the compiler place the collectives.
   return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used]
+    tuple(sizes), types.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used]
   )
 
 
 def path_of(key_path) -> str:
   """'layers/00/attn/q/weight' for a key path of jax.tree_util."""
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in key_path)
+  return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
 def match(path: str, rules, what: str):
@@ -67,7 +63,7 @@ def match(path: str, rules, what: str):
 
 
 def param_specs(params, rules, mesh: Mesh):
-  """PartitionSpec for every leaf; an axis whose size does not divide a dimension is left out there."""
+  """PartitionSpec for every leaf; an axis that does not divide a dimension is left out there."""
 
   def spec(key_path, leaf):
     if leaf.ndim == 0:  # counters of an optimizer or train state
@@ -77,7 +73,7 @@ def param_specs(params, rules, mesh: Mesh):
       raise records.UserError(
         f'sharding rules: {axes} has more axes than {path_of(key_path)} of shape {leaf.shape}'
       )
-    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape)]
+    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape, strict=False)]
     return PartitionSpec(*fits)
 
   return jax.tree_util.tree_map_with_path(spec, params)
@@ -108,7 +104,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def put_rows(tree, mesh: Mesh):
   """Host arrays [B, ...] -> device arrays split over data and fsdp (B must be divisible)."""
-  sharding = NamedSharding(mesh, BATCH)
+  sharding = NamedSharding(mesh, types.ROWS)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 

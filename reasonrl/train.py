@@ -139,8 +139,9 @@ def make_tokenizer(config, workdir: pathlib.Path):
     tokenizer = tokenizers.build(
       cfg.kind, cfg.path, cfg.vocab_size, cfg.model_type, cfg.byte_fallback, texts, task.symbols
     )
-    if jax.process_index() == 0:
-      tokenizer.save(saved)
+    if jax.process_index() == 0:  # a kill leaves the whole folder or none
+      tokenizer.save(saved.with_suffix('.tmp'))
+      saved.with_suffix('.tmp').rename(saved)
     return tokenizer
   return tokenizers.load(saved)
 
@@ -228,7 +229,8 @@ def check_section(config, name: str) -> None:
     raise records.UserError(
       f'{name}.trains={section.trains!r} is not one of the models {", ".join(config.models)}'
     )
-  if section.init not in {'previous', 'scratch', *earlier} and not pathlib.Path(section.init).is_dir():
+  named = section.init in {'previous', 'scratch', *earlier}
+  if not named and not pathlib.Path(section.init).is_dir():
     raise records.UserError(
       f"{name}.init={section.init!r} is not 'previous', 'scratch', a phase "
       f'({", ".join(sorted(earlier))}) or a folder of parameters'
@@ -237,7 +239,8 @@ def check_section(config, name: str) -> None:
     lookup(LOSSES, section.loss, f'{name}.loss')
   if section.kind == 'reinforce':
     algorithm = build(
-      lookup(ALGORITHMS, section.algorithm.name, f'{name}.algorithm.name'), section.algorithm, 'name'
+      lookup(ALGORITHMS, section.algorithm.name, f'{name}.algorithm.name'), section.algorithm,
+      'name'
     )
     env = build(lookup(ENVS, section.env.name, f'{name}.env.name'), section.env, 'name')
     algorithm.check(env.num_generations)
@@ -475,120 +478,127 @@ def run(config, workdir: str, pool) -> int:
     contextlib.closing(logs.Metrics(path, leader)) as metrics,
     logs.Display(config.log.every, leader) as display,
   ):
-    tokenizer = make_tokenizer(config, path)
-    parts = wire(config, tokenizer, pool, stop.poll)
+    parts = wire(config, make_tokenizer(config, path), pool, stop.poll)
     try:
-      return _phases(parts, flat, path, store, metrics, display)
+      return run_phases(parts, flat, path, store, metrics, display)
     except checkpoint.Stopped as stopped:
       display.note(f'{stopped}; the same command goes on from here')
       return stopped.code
 
 
-def _phases(parts: Parts, flat, path, store, metrics, display) -> int:
-  config, model = parts.config, parts.model
-
-  # ---- resume: position, data and log offsets of the newest checkpoint
-  newest = store.latest()
-  at = newest[1] if newest else {'index': 0, 'step': 0, 'data': 0, 'evaluated': False, 'best': 0.0}
-  metrics.truncate(newest[1]['offsets'] if newest else logs.START)
-  if newest and at['tokenizer'] != parts.tokenizer.fingerprint:
-    raise records.UserError(f'{path}/tokenizer is not the tokenizer of checkpoint {newest[0]}')
+def run_phases(parts: Parts, flat, path, store, metrics, display) -> int:
+  """Finds the newest checkpoint and runs the phases from there; returns 0."""
   if (path / 'phases' / kept_name(flat, len(flat) - 1)).is_dir():
     display.note(f'{path} is finished')
     return 0
-  held_out = make_held_out(parts)
-
-  for index, (name, iteration) in enumerate(flat):
-    section, place = config[name], (index, iteration)
-    before = sum(config[n].steps for n, _ in flat[:index])  # steps of the run before this phase
-    if index < at['index']:
-      continue
-
-    # ---- this phase's learner, state and data
-    resumed = newest is not None and index == at['index']
-    start, evaluated = (at['step'], at['evaluated']) if resumed else (0, False)
-    display.phase(name, section.kind, section.steps, start)
-    display.status('loading parameters')
-    student = make_learner(parts, section)
-    if resumed:
-      state = store.restore(newest[0], student.abstract())
-    else:
-      state = student.init(init_params(parts, section.init, flat, index, path))
-    timing: dict[str, float] = {}
-    position = at['data'] if resumed else 0
-    params_of = lambda source: init_params(parts, source, flat, index, path)  # noqa: B023, E731
-    make = STEPS[section.kind](parts, section, student, place, position, timing, params_of)
-    pending, clock = None, time.monotonic()
-
-    def flush():
-      """Fetches and writes what the last dispatched step reported."""
-      nonlocal pending, clock
-      if pending is None:
-        return
-      (step, row, reports, updates, samples), pending = pending, None
-      row |= merge([learner.reduce_reports(report) for report in reports])
-      row |= {f'timing/{key}': value for key, value in timing.items()}
-      timing.clear()
-      row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
-      row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
-      metrics.write(header('train', step) | row)
-      display.step(step, row)
-      for warning in sentinels(row, step == 1, model.compute_dtype):
-        display.note(f'step {step}: {warning}')
-      if samples and (step == 1 or step % config.log.transcripts_every == 0):
-        metrics.rollouts({**header('train', step), **sample} for sample in samples)
-        display.transcripts(samples)
-      if not row['finite']:
-        learner.save_batches(path / 'nonfinite' / f'{name}-{step}.npz', updates)
-        if row['skipped'] >= config.max_skipped:
-          raise RuntimeError(f'{row["skipped"]:.0f} steps in a row were not finite: see {path}')
-
-    def header(kind, step):
-      return {
-        'step': before + step, 'phase': name, 'iteration': iteration, 'phase_step': step, 'kind': kind
-      }  # fmt: skip
-
-    def save(step):
-      flush()
-      host = {'index': index, 'step': step, 'data': position, 'evaluated': evaluated}
-      host |= {'best': at['best'], 'offsets': metrics.offsets()}
-      store.save(before + step, state, host | {'tokenizer': parts.tokenizer.fingerprint})
-
-    for step in range(start, section.steps + 1):
-      try:
-        parts.poll()
-        # ---- evaluate: at the start and end of the run, between phases, and when due
-        last = step == section.steps
-        due = section.eval_every and step % section.eval_every == 0 and step > 0
-        if (last or due or index == step == 0) and not evaluated:
-          flush()
-          display.status('evaluating')
-          row, samples = held_out(state.params, step, timing)
-          at['best'] = max(at['best'], row['eval/greedy/accuracy'])
-          metrics.write(header('eval', step) | row | {'best': at['best']})
-          metrics.rollouts({**header('eval', step), **sample} for sample in samples)
-          display.evaluation(f'after {name} step {step}', row)
-          timing.clear()
-          clock = time.monotonic()
-        evaluated = True
-        if last:
-          break
-        # ---- make this step's batches, update, and only then look at the step before
-        if step == start:
-          display.status('compiling')
-        updates, row, samples, position = make(state, step)
-        evaluated, reports = False, []
-        for batches, denominators in updates:
-          state, report = student.update(state, batches, denominators)
-          reports.append(report)
-        flush()
-        pending = (step + 1, row, reports, updates, samples)
-      except checkpoint.Stopped:
-        save(step)
-        raise
-      if (step + 1) % config.checkpoint.save_every == 0 or step + 1 == section.steps:
-        save(step + 1)
-
-    # ---- the phase's final parameters, outside checkpoint retention
-    checkpoint.save_params(path / 'phases' / kept_name(flat, index), state.params)
+  newest = store.latest()
+  at = newest[1] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
+  metrics.truncate(at['offsets'])
+  if newest and at['tokenizer'] != parts.tokenizer.fingerprint:
+    raise records.UserError(f'{path}/tokenizer is not the tokenizer of checkpoint {newest[0]}')
+  held_out, best = make_held_out(parts), at['best']
+  for index in range(at['index'], len(flat)):
+    resume = newest if newest and index == at['index'] else None
+    best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, display)
   return 0
+
+
+def run_phase(
+  parts: Parts, flat, index, resume, best, held_out, path, store, metrics, display
+) -> float:
+  """One phase, from its start or from a checkpoint `resume` = (step of the run, host item).
+
+  Returns the best held-out greedy accuracy so far.
+  """
+  config, (name, iteration) = parts.config, flat[index]
+  section = config[name]
+  before = sum(config[n].steps for n, _ in flat[:index])  # steps of the run before this phase
+  at = resume[1] if resume else {'step': 0, 'data': 0, 'evaluated': False}
+  start, position, evaluated = at['step'], at['data'], at['evaluated']
+
+  # ---- this phase's learner, state and data
+  display.phase(name, section.kind, section.steps, start)
+  display.status('loading parameters')
+  student = make_learner(parts, section)
+  params_of = lambda source: init_params(parts, source, flat, index, path)  # noqa: E731
+  state = (
+    store.restore(resume[0], student.abstract())
+    if resume
+    else student.init(params_of(section.init))
+  )
+  timing: dict[str, float] = {}
+  place = (index, iteration)
+  make = STEPS[section.kind](parts, section, student, place, position, timing, params_of)
+  pending, clock = None, time.monotonic()
+
+  def header(kind, step):
+    where = {'step': before + step, 'phase': name, 'iteration': iteration}
+    return where | {'phase_step': step, 'kind': kind}
+
+  def flush():
+    """Fetches and writes what the last dispatched step reported."""
+    nonlocal pending, clock
+    if pending is None:
+      return
+    (step, row, reports, updates, samples), pending = pending, None
+    row |= merge([learner.reduce_reports(report) for report in reports])
+    row |= {f'timing/{key}': value for key, value in timing.items()}
+    timing.clear()
+    row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
+    row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
+    metrics.write(header('train', step) | row)
+    display.step(step, row)
+    for warning in sentinels(row, step == 1, parts.model.compute_dtype):
+      display.note(f'step {step}: {warning}')
+    if samples and (step == 1 or step % config.log.transcripts_every == 0):
+      metrics.rollouts({**header('train', step), **sample} for sample in samples)
+      display.transcripts(samples)
+    if not row['finite']:
+      learner.save_batches(path / 'nonfinite' / f'{name}-{step}.npz', updates)
+      if row['skipped'] >= config.max_skipped:
+        raise RuntimeError(f'{row["skipped"]:.0f} steps in a row were not finite: see {path}')
+
+  def save(step):
+    flush()
+    host = {'index': index, 'step': step, 'data': position, 'evaluated': evaluated, 'best': best}
+    host |= {'offsets': metrics.offsets(), 'tokenizer': parts.tokenizer.fingerprint}
+    store.save(before + step, state, host)
+
+  for step in range(start, section.steps + 1):
+    try:
+      parts.poll()
+      # ---- evaluate: at the start of the run, at the end of a phase, and when due
+      last = step == section.steps
+      due = section.eval_every and step and step % section.eval_every == 0
+      if (last or due or index == step == 0) and not evaluated:
+        flush()
+        display.status('evaluating')
+        row, samples = held_out(state.params, step, timing)
+        best = max(best, row['eval/greedy/accuracy'])
+        metrics.write(header('eval', step) | row | {'eval/best': best})
+        metrics.rollouts({**header('eval', step), **sample} for sample in samples)
+        display.evaluation(f'after {name} step {step}', row)
+        timing.clear()
+        clock = time.monotonic()
+      evaluated = True
+      if last:
+        break
+      # ---- make this step's batches, update, and only then look at the step before
+      if step == start:
+        display.status('compiling')
+      updates, row, samples, position = make(state, step)
+      evaluated, reports = False, []
+      for batches, denominators in updates:
+        state, report = student.update(state, batches, denominators)
+        reports.append(report)
+      flush()
+      pending = (step + 1, row, reports, updates, samples)
+    except checkpoint.Stopped:
+      save(step)
+      raise
+    if (step + 1) % config.checkpoint.save_every == 0 or step + 1 == section.steps:
+      save(step + 1)
+
+  # ---- the phase's final parameters, outside checkpoint retention
+  checkpoint.save_params(path / 'phases' / kept_name(flat, index), state.params)
+  return best

@@ -7,9 +7,9 @@ Axis letters, written as a suffix of every such array (`logp_BT`, `hidden_MD`):
     N layers       F feed-forward width   S cache slots        M scored tokens  R rollouts
 
 Alignment: index t of any `_BT` array speaks about token t (its log-probability, mask, advantage).
-The first token of every segment has mask 0; segment id 0 is padding. EOS is a policy token: sampled,
-stored, masked 1. Padding is known from lengths, never from a token id. Rows are right-padded and
-contiguous: prompt, completion, padding; no holes.
+The first token of every segment has mask 0; segment id 0 is padding. EOS is a policy token:
+sampled, stored, masked 1. Padding is known from lengths, never from a token id. Rows are
+right-padded and contiguous: prompt, completion, padding; no holes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from reasonrl import records
+
+# The axes of the device mesh, and how arrays are split over it: rows of a batch (slots of the
+# sampler) over data and fsdp, scored tokens over all three.
+MESH_AXES = ('data', 'fsdp', 'tensor')
+ROWS = PartitionSpec(('data', 'fsdp'))
+TOKENS = PartitionSpec(MESH_AXES)
 
 # source_BT: who wrote a token. Only POLICY tokens carry gradient.
 PROMPT, POLICY, ENVIRONMENT = 0, 1, 2
@@ -29,7 +36,7 @@ PROMPT, POLICY, ENVIRONMENT = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-  """What an environment returns: B rows on the host (NumPy), grouped by id and never by position."""
+  """What an environment returns: B rows of NumPy, grouped by id and never by position."""
 
   tokens_BT: np.ndarray  # int32
   prompt_length_B: np.ndarray  # int32, tokens before the first policy token
@@ -43,7 +50,7 @@ class Experience:
   reward_R: np.ndarray  # float32, weighted sum of the parts; NaN: no reward applies
   parts: dict[str, np.ndarray]  # name -> float32 [R]; NaN = does not apply
   reward_BT: np.ndarray | None  # float32, optional dense reward
-  scores: dict[str, np.ndarray]  # what algorithm.needs names: 'old_logp', 'ref_logp' -> float32 [B,T]
+  scores: dict[str, np.ndarray]  # what algorithm.needs names ('old_logp', ...): [B, T]
   examples: tuple[records.Example, ...]  # [R], for the logs
   completions: tuple[records.Completion, ...]  # [R], for the logs
 
@@ -55,7 +62,7 @@ class Experience:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
+  """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""
 
   temperature: float
   top_k: int
@@ -93,16 +100,17 @@ class Samples:
   stop_R: np.ndarray
 
 
-# Which fields of Experience are indexed by row and which by rollout.
-_ROWS = (
-  'tokens_BT prompt_length_B length_B source_BT logp_BT stop_B version_B group_B rollout_B reward_BT'
-).split()
+# The fields of Experience that are indexed by row; the others are indexed by rollout.
+_BY_ROW = (
+  *('tokens_BT', 'prompt_length_B', 'length_B', 'source_BT', 'logp_BT', 'stop_B', 'version_B'),
+  *('group_B', 'rollout_B', 'reward_BT'),
+)
 
 
 def take_rows(experience: Experience, rows) -> Experience:
   """The experience restricted to some rows; rollouts and their rewards stay whole."""
   pick = lambda x: None if x is None else x[rows]  # noqa: E731
-  fields = {name: pick(getattr(experience, name)) for name in _ROWS}
+  fields = {name: pick(getattr(experience, name)) for name in _BY_ROW}
   scores = {name: x[rows] for name, x in experience.scores.items()}
   return dataclasses.replace(experience, scores=scores, **fields)
 
@@ -141,7 +149,7 @@ def concatenate(parts: list[Experience]) -> Experience:
   every = lambda name: [getattr(e, name) for e in shifted]  # noqa: E731
   merge = lambda dicts: {k: join([d[k] for d in dicts]) for k in dicts[0]}  # noqa: E731
   return Experience(
-    **{name: join(every(name)) for name in _ROWS},
+    **{name: join(every(name)) for name in _BY_ROW},
     reward_R=join(every('reward_R')),
     parts=merge(every('parts')),
     scores=merge(every('scores')),
@@ -183,7 +191,7 @@ class Sequence(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """One packed micro-batch on the device. Every `_BM` array speaks about token `index_BM` of its row.
+  """One packed micro-batch on the device. `_BM` arrays speak about token `index_BM`.
 
   The log-probability of token t is read from the hidden state at t - 1, so index >= 1 wherever
   weight > 0. Unused slots have index 1 and weight 0.

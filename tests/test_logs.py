@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import pytest
 import rich.console
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reasonrl import logs, records
@@ -63,6 +63,7 @@ def test_open_workdir_writes_the_whole_config_and_each_start(tmp_path):
   starts = json.loads((path / 'env.json').read_text())
   assert len(starts) == 2
   assert starts[0]['devices'] == ['cpu:0']
+  assert list(starts[0]['packages']) == sorted(starts[0]['packages'])
   assert starts[0]['packages']['numpy'] == np.__version__
   assert sys.executable in starts[0]['command'] or 'pytest' in starts[0]['command']
   assert sorted(file.name for file in path.iterdir()) == ['config.json', 'env.json']
@@ -153,6 +154,7 @@ def test_truncate_cuts_back_to_exactly_the_checkpoint(tmp_path):
     resumed.truncate(offsets)
 
 
+@example('\ud800 \u2028')
 @given(st.text(st.characters(codec=None)))
 def test_any_text_survives_in_one_line(tmp_path_factory, text):
   folder = tmp_path_factory.mktemp('rows')
@@ -250,13 +252,13 @@ def test_picture_fits_the_terminal(height):
 
 
 def test_colab_and_dumb_terminals_get_plain_lines(monkeypatch):
-  dumb = console(True, _environ={'TERM': 'dumb'})
-  monkeypatch.setenv('COLAB_RELEASE_TAG', 'release')
-  for out in (dumb, console(True)):
+  for colab, out in ((False, console(True, _environ={'TERM': 'dumb'})), (True, console(True))):
+    if colab:
+      monkeypatch.setenv('COLAB_RELEASE_TAG', 'release')
     with logs.Display(1, True, out) as display:
       display.phase('rl', 'reinforce', 3, 0)
       display.step(1, {})
-    assert 'rl 1/3' in out.file.getvalue() and '\x1b[?25l' not in out.file.getvalue()
+    assert 'rl 1/3\n' in out.file.getvalue() and '─' not in out.file.getvalue()
 
 
 def test_other_processes_are_silent():
@@ -268,6 +270,7 @@ def test_other_processes_are_silent():
   assert out.file.getvalue() == ''
 
 
+@example('a\x1b[2J' * 999, '<think>\x9b' + 'b' * 9999 + '</think>\u202e')
 @given(st.text(st.characters(codec=None)), st.text(st.characters(codec=None)))
 def test_model_text_cannot_command_the_terminal(prompt, completion):
   text = logs.transcript(ROW | {'prompt': prompt, 'completion': completion}, 40).plain

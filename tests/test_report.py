@@ -84,7 +84,8 @@ def test_each_panel_draws_its_rows_over_its_phases(tmp_path, monkeypatch):
   # The evaluation of the untrained model lies outside the phase that this panel shows.
   assert accuracy['held-out, sampled (95% interval)'] == [[10, 0.3], [20, 0.9]]
   loss = panels['Supervised loss (nats per token)']
-  assert loss['training'] == [[s, 3 - s / 10] for s in range(1, 11)]  # no policy loss in it
+  assert loss['training'] == [[s, 3 - s / 10] for s in range(1, 11)]
+  assert all(step <= 10 for line in loss.values() for step, _ in line)  # no policy loss
 
 
 def test_headline_compares_with_the_model_before_reinforcement():

@@ -53,7 +53,7 @@ class GRPO:
 
   @property
   def needs(self) -> frozenset[str]:
-    """The first pass on fresh samples needs no old_logp: there old = stop_gradient(logp) exactly."""
+    """On fresh samples the first pass needs no old_logp: there old = stop_gradient(logp)."""
     needs = set()
     if self.num_iterations * self.num_minibatches > 1:
       needs.add('old_logp')
@@ -85,7 +85,7 @@ class GRPO:
     return rl_math.loss_weights(mask_BT, self.loss_agg, self.loss_constant)
 
   def token_loss(self, out, aux):
-    """out.logp, out.entropy and aux['adv' | 'weight' | 'old_logp' | 'ref_logp'] -> loss_M, metrics."""
+    """loss_M and metrics, from out.logp and aux: 'adv', 'weight', 'old_logp', 'ref_logp'."""
     weight = aux['weight']
     old = aux['old_logp'] if 'old_logp' in self.needs else jax.lax.stop_gradient(out.logp)
     ratio = jnp.exp(rl_math.log_ratio(out.logp, old, weight))

@@ -32,7 +32,7 @@ class SingleTurn:
     prompts = [tools.render(example) for example in examples]
     longest = sharding.agree(max(map(len, prompts)))
     tokens_PT = np.zeros((len(prompts), longest + -longest % WIDTH), np.int32)
-    for row, prompt in zip(tokens_PT, prompts):
+    for row, prompt in zip(tokens_PT, prompts, strict=True):
       row[: len(prompt)] = prompt
     prompt_R = np.repeat(np.arange(len(prompts), dtype=np.int32), G)
     sample_R = np.tile(np.arange(G), len(prompts))

@@ -1,8 +1,9 @@
 """One decoder-only transformer whose switches cover the Llama family and its relatives.
 
-1. embed tokens (or take embeddings), 2. N blocks: norm, attention with rotary positions, norm, gated
-MLP, each added to the residual stream, 3. a final norm. Logits are never formed here: the loss and the
-sampler take the hidden states and `head(params)`.
+1. embed tokens (or take embeddings), 2. N blocks: norm, attention with rotary positions, norm,
+   gated
+MLP, each added to the residual stream, 3. a final norm. Logits are never formed here: the loss and
+the sampler take the hidden states and `head(params)`.
 
 Parameters are a plain nested dict with one subtree per layer, whatever the platform; with
 `scan_layers` they are stacked at trace time. Weights are [out, in].
@@ -20,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from reasonrl import ops, records
 
@@ -39,7 +39,7 @@ def rms_norm(x, scale, eps: float, plus_one: bool):
 
 
 def rotary(x_BTHC, positions_BT, theta: float):
-  """Rotary position embedding (arXiv 2104.09864), half-split layout: (x_i, x_{i + C/2}) is a pair."""
+  """Rotary positions (arXiv 2104.09864), half-split layout: (x_i, x_{i + C/2}) is a pair."""
   half = x_BTHC.shape[-1] // 2
   frequency = jnp.asarray(theta, jnp.float32) ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
@@ -256,7 +256,7 @@ class Decoder:
     return holder['weight']
 
   def init_cache(self, rows: int, size: int):
-    """Zeroed keys and values: one ([B,K,S,C], [B,K,S,C]) per layer; stacked on axis 0 if scanned."""
+    """Zeroed keys and values: ([B,K,S,C], [B,K,S,C]) per layer; stacked on axis 0 if scanned."""
     shape = (rows, self.num_kv_heads, size, self.head_dim)
     dtype = jnp.dtype(self.compute_dtype)
     if self.scan_layers:
@@ -310,7 +310,7 @@ class Decoder:
     return x, None if cache is None else tuple(new)
 
   def _scanned(self, block, layers, x, positions_BT, segments_BT, masks, cache):
-    """lax.scan over layers stacked at trace time; the cache rides in the carry (not xs/ys: a copy)."""
+    """lax.scan over stacked layers; the cache rides in the carry (as xs/ys it would be copied)."""
     if len(masks) > 1:
       raise records.UserError('model.scan_layers needs the same attention window in every layer')
     (see,) = masks.values()
@@ -327,7 +327,7 @@ class Decoder:
       x, new = block({'params': weights}, x, positions_BT, segments_BT, see, old)
       if cache is not None:
         update = jax.lax.dynamic_update_index_in_dim
-        cache = tuple(update(c, n, i, 0) for c, n in zip(cache, new))
+        cache = tuple(update(c, n, i, 0) for c, n in zip(cache, new, strict=True))
       return (x, cache), None
 
     (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.num_layers), stacked))

@@ -1,8 +1,8 @@
 """What is good: one file per kind of reward, one row per reward in REWARDS.
 
 A reward is a frozen, picklable dataclass called with (example, completion), or with the lists of a
-whole group if its class says `group = True`; it returns a Score or a list of them. It is pure, takes
-linear time and raises on no string. `rewarding.Pool` runs it in a process that can be killed.
+whole group if its class says `group = True`; it returns a Score or a list of them. It is pure,
+takes linear time and raises on no string. `rewarding.Pool` runs it in a process that can be killed.
 """
 
 from reasonrl.rewards import answer, format

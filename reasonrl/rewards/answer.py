@@ -91,7 +91,7 @@ def normalise(text: str) -> str | None:
   text = text.replace('\\dfrac', '\\frac').replace('\\tfrac', '\\frac').replace('{,}', ',')
   text = _NO_MEANING.sub('', _SIZES.sub('', text))
   text = _TEXT.sub('', text).strip() or _TEXT.sub(r'\1', text)
-  text = ' '.join(text.split()).removesuffix('.')
+  text = ' '.join(text.split()).rstrip('. ')
   number = _rational(text)
   return (text if number is None else str(number)) or None
 

@@ -9,7 +9,6 @@ back before they look.
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import ClassVar
 
 from reasonrl import records
@@ -62,10 +61,11 @@ class OpenR1Format:
 
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
     text = self.prefill + completion.text
+    start = '<think>\n'
     # The earliest seam leaves the most room for the end, so no other seam need be tried.
-    head, seam, answer = text.partition('\n</think>\n<answer>\n')
+    _, seam, answer = text.removeprefix(start).partition('\n</think>\n<answer>\n')
     ends = '\n</answer>\n' in answer or answer.endswith('\n</answer>')
-    return _score(bool(seam) and re.match('<think>\n', head + '\n') is not None and ends)
+    return _score(text.startswith(start) and bool(seam) and ends)
 
 
 @dataclasses.dataclass(frozen=True)

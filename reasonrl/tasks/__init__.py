@@ -1,8 +1,8 @@
 """Where problems come from: one file per task, one row per task in TASKS.
 
-A task is a frozen dataclass with a field `seed`, a method `example(split, index) -> Example` (a pure
-function of the fields, the split and the index) and `symbols`, the strings that a tokenizer trained
-for it keeps whole. `splits` keeps train and test apart.
+A task is a frozen dataclass with a field `seed`, a method `example(split, index) -> Example` (a
+pure function of the fields, the split and the index) and `symbols`, the strings that a tokenizer
+trained for it keeps whole. `splits` keeps train and test apart.
 """
 
 from reasonrl.tasks import arithmetic, reasoning_gym, shuffled_objects
