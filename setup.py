@@ -1,7 +1,7 @@
 """Packaging: reasonrl, with the top-level folders installed inside its namespace.
 
 Plain `jax` is required; the accelerator comes as an extra: `pip install -e '.[tpu]'`. The lower
-bounds are the oldest versions that were run together (Colab's), not the oldest that might work.
+bounds are the oldest versions that the tests passed with, all of them together.
 """
 
 import setuptools
@@ -40,18 +40,18 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.7.2'],
     'cuda': ['jax[cuda12]>=0.7.2'],  # runs on older drivers than cuda13 does
-    'hf': ['tokenizers>=0.20', 'gguf>=0.10'],
+    'hf': ['tokenizers>=0.22', 'gguf>=0.19'],
     'gym': ['reasoning-gym>=0.1.25'],
     'math': ['math-verify>=0.9'],
     'sweep': ['optuna>=4'],
     'test': [
-      'gguf>=0.10',
+      'gguf>=0.19',
       'hypothesis>=6.100',
       'pytest>=8',
       'pytest-timeout>=2.3',
       'ruff>=0.9',
       'setuptools>=70.1',  # the wheel test builds one without the network
-      'tokenizers>=0.20',
+      'tokenizers>=0.22',
     ],
   },
 )

@@ -155,11 +155,14 @@ def arithmetic() -> ConfigDict:
 def rewards(**weights: float) -> ConfigDict:
   """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
   fields = {
-    # 'strict' extraction (boxed, answer tag, ####); the answer must come after </think>
-    'accuracy': {'after_think': True, 'extraction': 'strict'},
-    'r1_format': {'allow_empty_think': False},
-    'open_r1_format': {},
-    'tag_count': {},
+    'accuracy': {
+      'after_think': True,  # the answer counts only after </think>
+      'extraction': 'strict',  # boxed, answer tag or ####; 'lenient': else the last number
+      'require_stop': False,  # True: a completion cut off at its cap earns 0
+    },
+    'r1_format': {'allow_empty_think': False, 'prefill': ''},
+    'open_r1_format': {'prefill': ''},
+    'tag_count': {'prefill': ''},
   }
   return ConfigDict({name: {'weight': w, **fields[name]} for name, w in weights.items()})
 

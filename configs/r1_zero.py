@@ -1,19 +1,44 @@
 """R1-Zero (arXiv 2501.12948): reasoning from verifiable rewards alone, by GRPO.
 
-  python -m reasonrl.main --config=configs/r1_zero.py
+  python -m reasonrl.main --config=configs/r1_zero.py            tiny model from scratch
+  python -m reasonrl.main --config=configs/r1_zero.py:debug      the same, short
+  python -m reasonrl.main --config=configs/r1_zero.py:smollm2    SmolLM2-135M-Instruct
+
+MEASURED
 """
 
 from reasonrl.configs import common
 
 VARIANTS = {
-  '': 'tiny model from scratch: pretrain on a trace mixture, then GRPO',
+  '': 'tiny model from scratch: pretrain on a mixture of traces, then GRPO',
   'debug': 'the same in about a minute, too short to learn much',
+  'smollm2': 'SmolLM2-135M-Instruct learns sums',
 }
+
+# Two worked examples show the format; a 135M model does not follow a description of it.
+FEW_SHOT = """What is three plus four?
+<think>3 + 4 = 7</think><answer>7</answer>
+What is 12 + 25?
+<think>12 + 25 = 37</think><answer>37</answer>"""
 
 
 def get_config(arg=''):
   """The experiment; `arg` is a key of VARIANTS."""
   variant = common.parse(arg, VARIANTS)
+  config = smollm2() if variant == 'smollm2' else tiny()
+  if variant == 'debug':
+    config.pretrain.steps = 60
+    config.rl.steps = 6
+    config.rl.env.prompts_per_step = 8
+    config.rl.eval_every = 3
+    config.evaluation.num_examples = 64
+    config.log.every = 1
+  config.lock()
+  return config
+
+
+def tiny():
+  """A nano decoder that tracks a ball through eight swaps."""
   config = common.base('r1_zero')
   config.phases = ('pretrain', 'rl')
   config.models.policy = common.model('nano')
@@ -23,8 +48,7 @@ def get_config(arg=''):
   config.task = common.shuffled_objects(num_swaps=8)
   config.prompt = common.prompt('plain')
   config.prompt.add_bos = True
-  # Format alone must not ask for thinking: an empty think span is well-formed here, so that
-  # thinking grows only because it makes answers right.
+  # An empty think span is well-formed here: thinking grows only because it makes answers right.
   config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
   config.rewards.r1_format.allow_empty_think = True
 
@@ -40,13 +64,39 @@ def get_config(arg=''):
 
   config.evaluation = common.evaluation()
   config.evaluation.env.max_completion_length = 40
+  return config
 
-  if variant == 'debug':
-    config.pretrain.steps = 60
-    config.rl.steps = 6
-    config.rl.env.prompts_per_step = 8
-    config.rl.eval_every = 3
-    config.evaluation.num_examples = 64
-    config.log.every = 1
-  config.lock()
+
+def smollm2():
+  """The pretrained model learns to add: two numbers up to 50, in digits or words."""
+  config = common.base('r1_zero')
+  config.phases = ('rl',)
+  config.models.policy = common.model('smollm2_135m')
+  config.models.policy.weights = 'smollm2-135m-instruct'
+  config.models.policy.compute_dtype = 'bfloat16'
+  config.tokenizer = common.tokenizer('gguf')
+  config.task = common.arithmetic()
+  config.task.max_terms = 2
+  config.task.max_value = 50
+  config.task.operations = ('+',)
+  config.prompt = common.prompt('chat')
+  config.prompt.system = FEW_SHOT
+  config.prompt.prefill = '<think>'
+  config.prompt.max_length = 112
+  config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
+
+  config.rl = common.reinforce('grpo', learning_rate=1e-5)
+  config.rl.steps = 60
+  config.rl.env.prompts_per_step = 8
+  config.rl.env.num_generations = 8
+  config.rl.env.max_completion_length = 32
+  config.rl.row_length = 256
+  config.rl.rows_per_batch = 8
+  config.rl.eval_every = 0
+
+  config.evaluation = common.evaluation()
+  config.evaluation.num_examples = 512
+  config.evaluation.env.max_completion_length = 32
+  config.evaluation.env.slots = 64
+  config.log.every = 1
   return config

@@ -16,7 +16,6 @@ times have keys under `timing/`. A rollout row is {'step', 'phase', 'prompt', 'c
 
 from __future__ import annotations
 
-import collections
 import datetime
 import importlib.metadata
 import json
@@ -113,7 +112,7 @@ def _git_commit() -> str | None:
 def _environment(devices: Sequence[str]) -> dict[str, Any]:
   """Where and how this process runs."""
   return {
-    'command': shlex.join(sys.orig_argv),
+    'command': shlex.join([pathlib.Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
     'devices': list(devices),
     'git': _git_commit(),
     'host': platform.platform(),
@@ -360,7 +359,7 @@ class Display:
     self._name, self._steps, self._step = '', 0, 0
     self._metrics: Mapping[str, Any] = {}
     self._curve_label, self._curve = '', []
-    self._times: collections.deque[tuple[int, float]] = collections.deque(maxlen=20)
+    self._times: list[tuple[int, float]] = []
     self._rows: list[Mapping[str, Any]] = []
     self._spinner: rich.spinner.Spinner | None = None
     self._busy, self._busy_since = '', 0.0
@@ -394,8 +393,7 @@ class Display:
     if self._live and self._metrics:
       self._print(self._line())  # the picture forgets the last phase; its end stays above
     self._name, self._steps, self._step = name, steps, start
-    self._metrics, self._curve, self._rows = {}, [], []
-    self._times.clear()
+    self._metrics, self._curve, self._rows, self._times = {}, [], [], []
     self.status(None)
     resumed = f', resumed after step {start}' if start else ''
     self._print(rich.text.Text(f'{name}: {kind}, {steps} steps{resumed}', 'bold'))
@@ -404,7 +402,7 @@ class Display:
     """Step `step` (from 1) of the phase is done."""
     self.status(None)
     self._step, self._metrics = step, dict(metrics)
-    self._times.append((step, time.monotonic()))
+    self._times = [*self._times[-19:], (step, time.monotonic())]
     for label, key in CURVES:
       value = _plain(metrics.get(key))
       if value is not None:
@@ -442,9 +440,10 @@ class Display:
 
   def _left(self) -> str:
     """Time left in the phase, by the pace of the last steps (the first one compiles)."""
-    if len({step for step, _ in self._times}) < 2 or self._step >= self._steps:
+    times = self._times
+    if not times or times[0][0] == times[-1][0] or self._step >= self._steps:
       return ''
-    (first, begin), (last, end) = self._times[0], self._times[-1]
+    (first, begin), (last, end) = times[0], times[-1]
     return f'{_clock((end - begin) / (last - first) * (self._steps - last))} left'
 
   def _line(self) -> rich.text.Text:
@@ -453,7 +452,7 @@ class Display:
     return rich.text.Text('  ').join(part for part in parts if part)
 
   def _picture(self) -> rich.console.RenderableType:
-    """The live lines. Drawn by rich's own thread."""
+    """The live lines. Rich's thread draws them: the state they read is replaced, never changed."""
     width, height = self._console.size
     width = min(width, WIDTH)
     bar = rich.table.Table.grid(padding=(0, 1), expand=True)
@@ -469,12 +468,12 @@ class Display:
     lines: list[rich.console.RenderableType] = [rich.text.Text('─' * width, 'dim'), bar]
     if self._metrics:
       lines.append(_values(self._metrics, COLUMNS))
-    if self._curve:
-      label, ends = f'{self._curve_label} ', f' {self._curve[0]:.2f} → {self._curve[-1]:.2f}'
+    curve, spinner = self._curve, self._spinner
+    if curve:
+      label, ends = f'{self._curve_label} ', f' {curve[0]:.2f} → {curve[-1]:.2f}'
       line = rich.text.Text(label, 'dim')
-      line.append(_sparkline(self._curve, max(width - len(label) - len(ends), 1)), 'green')
+      line.append(_sparkline(curve, max(width - len(label) - len(ends), 1)), 'green')
       lines.append(line.append(ends))
-    spinner = self._spinner  # the main thread may clear it while this one draws
     if spinner:
       spinner.update(text=f'{self._busy}  {_clock(time.monotonic() - self._busy_since)}')
       lines.append(spinner)

@@ -17,7 +17,7 @@ import runpy
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from reasonrl import configs, records
@@ -74,7 +74,10 @@ def parse(argv: list[str]) -> list[str]:
     given = find_config(given if equals else ''.join(argv[at + 1 : at + 2]))
     argv = [*argv[:at], f'{flag}={given}', *rest]
     check_overrides(argv, given)
-  return flags.FLAGS(argv)
+  rest = flags.FLAGS(argv)
+  if flags.FLAGS['verbosity'].using_default_value:
+    flags.FLAGS.verbosity = logging.WARNING  # absl would show every INFO of JAX and Orbax
+  return rest
 
 
 def new_workdir(config_file: str) -> str:

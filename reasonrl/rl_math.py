@@ -50,9 +50,10 @@ def group_advantages(reward_R, group_R, scale: str, ddof: int, eps: float) -> np
 
 
 def zero_variance_fraction(reward_R, group_R) -> float:
-  """Share of groups whose rewards are all equal: they carry no gradient."""
-  groups = [np.asarray(reward_R)[np.asarray(group_R) == g] for g in np.unique(group_R)]
-  return float(np.mean([np.all(r == r[0]) for r in groups]))
+  """Share of groups whose rewards, NaN left out, are all equal or none: they carry no gradient."""
+  reward_R, group_R = np.asarray(reward_R), np.asarray(group_R)
+  groups = [reward_R[(group_R == g) & ~np.isnan(reward_R)] for g in np.unique(group_R)]
+  return float(np.mean([np.all(r == r[:1]) for r in groups]))
 
 
 def log_ratio(logp, old_logp, weight):
@@ -95,7 +96,8 @@ def loss_weights(mask_BT, loss_agg: str, token_constant: int):
       constant)
 
   The denominator belongs to the whole optimizer step: micro-batching, packing and sharding cannot
-  change it. It is at least 1. Rows without any masked token still count in B (as in TRL).
+  change it. It is at least 1. A row without trained tokens is absent: B does not count it (as in
+  verl and OpenRLHF; TRL's 'grpo' and 'dr_grpo' count it).
 
   Args:
     mask_BT: float [B, T], 1 on trained tokens.
@@ -106,7 +108,8 @@ def loss_weights(mask_BT, loss_agg: str, token_constant: int):
     weight_BT float32, denominator float.
   """
   mask_BT = np.asarray(mask_BT, np.float32)
-  B, tokens_B = mask_BT.shape[0], mask_BT.sum(1)
+  tokens_B = mask_BT.sum(1)
+  B = np.count_nonzero(tokens_B)
   if loss_agg == 'token_mean':
     return mask_BT, float(max(tokens_B.sum(), 1.0))
   if loss_agg == 'seq_mean_token_mean':

@@ -12,6 +12,7 @@ that was killed anywhere continues as if nothing had happened.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -146,19 +147,21 @@ def make_tokenizer(config, workdir: pathlib.Path):
   return tokenizers.load(saved)
 
 
-def make_tools(parts: Parts, examples, purpose: str, place, scorer, timing) -> types.Tools:
+def make_tools(parts: Parts, examples, purpose: str, place, scorer, tally) -> types.Tools:
   """The tools of an environment; `place` is (phase, iteration), part of every random key."""
 
   def generate(params, requests, spec, slots):
     start = time.monotonic()
     out = parts.sampler.generate(params, requests, spec, slots, parts.poll)
-    timing['sample_s'] = timing.get('sample_s', 0.0) + time.monotonic() - start
+    tally['timing/sample_s'] += time.monotonic() - start
     return out
 
   def reward(examples, completions, groups):
     start = time.monotonic()
     out = parts.pool.score(parts.rewards, examples, completions, groups)
-    timing['reward_s'] = timing.get('reward_s', 0.0) + time.monotonic() - start
+    tally['timing/reward_s'] += time.monotonic() - start
+    tally['reward_timeouts'] += out.timeouts
+    tally['reward_errors'] += out.errors
     parts.poll()
     return out
 
@@ -253,13 +256,13 @@ def check_section(config, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------ steps
-# `STEPS[kind](parts, section, student, place, position, timing, params_of)` returns a function
+# `STEPS[kind](parts, section, student, place, position, tally, params_of)` returns a function
 # (state, step) -> updates [(micro-batches, denominators)], metrics, transcripts, data position.
 
 
-def supervised_steps(parts: Parts, section, student, place, position, timing, params_of):
+def supervised_steps(parts: Parts, section, student, place, position, tally, params_of):
   """Packed rows of worked solutions: one optimizer step each."""
-  del student, place, timing, params_of
+  del student, place, tally, params_of
   stream = data.Stream(parts.task, 'train', section.examples_per_step, position)
 
   def make(state, step):
@@ -276,7 +279,7 @@ def supervised_steps(parts: Parts, section, student, place, position, timing, pa
   return make
 
 
-def reinforce_steps(parts: Parts, section, student, place, position, timing, params_of):
+def reinforce_steps(parts: Parts, section, student, place, position, tally, params_of):
   """Roll out, score, keep, assign credit: one or several optimizer steps on one experience."""
   env = build(ENVS[section.env.name], section.env, 'name')
   algorithm = build(ALGORITHMS[section.algorithm.name], section.algorithm, 'name')
@@ -293,7 +296,7 @@ def reinforce_steps(parts: Parts, section, student, place, position, timing, par
     return learner.unpack(logps, seqs, where, experience.tokens_BT.shape)
 
   examples = lambda: augmented(parts, stream.next())  # noqa: E731
-  tools = make_tools(parts, examples, 'train', place, score, timing)
+  tools = make_tools(parts, examples, 'train', place, score, tally)
 
   def make(state, step):
     named = {'params': state.params, 'version': step, **frozen}
@@ -332,9 +335,9 @@ def reinforce_steps(parts: Parts, section, student, place, position, timing, par
   return make
 
 
-def no_steps(parts: Parts, section, student, place, position, timing, params_of):
+def no_steps(parts: Parts, section, student, place, position, tally, params_of):
   """A phase that only evaluates."""
-  del parts, section, student, place, position, timing, params_of
+  del parts, section, student, place, position, tally, params_of
 
 
 STEPS = {'supervised': supervised_steps, 'reinforce': reinforce_steps, 'evaluate': no_steps}
@@ -376,7 +379,7 @@ def make_learner(parts: Parts, section) -> learner.Learner:
 
 
 def make_held_out(parts: Parts):
-  """(params, version, timing) -> metrics and transcripts on the first test examples."""
+  """(params, version, tally) -> metrics and transcripts on the first test examples."""
   cfg = parts.config.evaluation
   settings = build(evaluation.Evaluation, cfg, 'env')
   env = build(lookup(ENVS, cfg.env.name, 'evaluation.env.name'), cfg.env, 'name')
@@ -385,8 +388,8 @@ def make_held_out(parts: Parts):
   for example in examples:  # a prompt that does not fit stops the run now, not in an hour
     parts.prompter.render(parts.tokenizer, example)
 
-  def held_out(params, version, timing):
-    tools = make_tools(parts, lambda: examples, 'eval', (0, 0), None, timing)
+  def held_out(params, version, tally):
+    tools = make_tools(parts, lambda: examples, 'eval', (0, 0), None, tally)
     named = {'params': params, 'version': version}
     metrics, found = evaluation.evaluate(settings, env, tools, named)
     shown = [
@@ -526,9 +529,9 @@ def run_phase(
     if resume
     else student.init(params_of(section.init))
   )
-  timing: dict[str, float] = {}
+  tally = collections.defaultdict(float)  # times and counts of the step under way
   place = (index, iteration)
-  make = STEPS[section.kind](parts, section, student, place, position, timing, params_of)
+  make = STEPS[section.kind](parts, section, student, place, position, tally, params_of)
   pending, clock = None, time.monotonic()
 
   def header(kind, step):
@@ -542,8 +545,6 @@ def run_phase(
       return
     (step, row, reports, updates, samples), pending = pending, None
     row |= merge([learner.reduce_reports(report) for report in reports])
-    row |= {f'timing/{key}': value for key, value in timing.items()}
-    timing.clear()
     row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     metrics.write(header('train', step) | row)
@@ -573,12 +574,12 @@ def run_phase(
       if (last or due or index == step == 0) and not evaluated:
         flush()
         display.status('evaluating')
-        row, samples = held_out(state.params, step, timing)
+        row, samples = held_out(state.params, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
         metrics.write(header('eval', step) | row | {'eval/best': best})
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
         display.evaluation(f'after {name} step {step}', row)
-        timing.clear()
+        tally.clear()
         clock = time.monotonic()
       evaluated = True
       if last:
@@ -587,6 +588,8 @@ def run_phase(
       if step == start:
         display.status('compiling')
       updates, row, samples, position = make(state, step)
+      row |= tally
+      tally.clear()
       evaluated, reports = False, []
       for batches, denominators in updates:
         state, report = student.update(state, batches, denominators)

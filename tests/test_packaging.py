@@ -112,9 +112,10 @@ def Pool(workers, timeout_s):
   return contextlib.nullcontext(f'pool({workers}, {timeout_s})')
 """,
   'reasonrl/train.py': """
-import os, pathlib
+import logging, os, pathlib
 from reasonrl import records
 def run(config, workdir, pool):
+  logging.getLogger('library').info('chatter')
   print('ran', config.rl.steps, workdir, pool, config.is_locked)
   if config.seed == 1:
     raise records.UserError('seed 1 is bad; choices: 0')
@@ -184,6 +185,11 @@ def test_finished_run_is_reported(program, tmp_path):
   assert done.returncode == 0, done.stderr
   assert (tmp_path / 'here' / 'curves.png').exists()
   assert (tmp_path / 'here' / 'report.html').exists()
+
+
+def test_libraries_are_quiet_unless_asked(program, tmp_path):
+  assert 'chatter' not in call(program, tmp_path, '--config=toy.py').stderr
+  assert 'chatter' in call(program, tmp_path, '--config=toy.py', '--verbosity=0').stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""NumPy float64 oracles of the losses: plain loops over rows and tokens, as the papers write them.
+
+Nothing here is shared with the library, so an error has to be made twice to go unseen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+LENGTH = 2  # records.Stop.LENGTH
+
+
+def scores(hidden_MD, head_VD, targets_M, scale=1.0, softcap=None, temperature=1.0, bias_V=None):
+  """logp_M and entropy_M of the tempered distribution."""
+  logp_M, entropy_M = [], []
+  for hidden_D, target in zip(np.asarray(hidden_MD, np.float64), targets_M, strict=True):
+    z_V = scale * (np.asarray(head_VD, np.float64) @ hidden_D)
+    if softcap is not None:
+      z_V = softcap * np.tanh(z_V / softcap)
+    if bias_V is not None:
+      z_V = z_V + np.asarray(bias_V, np.float64)
+    z_V = z_V / temperature
+    logp_V = z_V - z_V.max() - np.log(np.exp(z_V - z_V.max()).sum())
+    logp_M.append(logp_V[target])
+    entropy_M.append(-sum(math.exp(x) * x for x in logp_V))
+  return np.array(logp_M), np.array(entropy_M)
+
+
+def advantages(rewards, groups, scale, ddof, eps):
+  """One advantage per rollout; a NaN reward is absent from its group and gets 0."""
+  out = []
+  for r, g in zip(rewards, groups, strict=True):
+    members = [float(x) for x, other in zip(rewards, groups) if other == g and not math.isnan(x)]
+    if math.isnan(r) or len(members) < 2:
+      out.append(0.0)
+      continue
+    mean = sum(members) / len(members)
+    advantage = float(r) - mean
+    if scale == 'group':
+      std = math.sqrt(sum((x - mean) ** 2 for x in members) / (len(members) - ddof))
+      advantage /= std + eps
+    out.append(advantage)
+  return out
+
+
+def grpo(settings, rows, rewards, groups):
+  """The GRPO objective as a loss (-J), and its metrics.
+
+  Args:
+    settings: an `algorithms.grpo.GRPO`, read as plain data.
+    rows: one rollout each: dict with 'stop' and, per trained token, 'logp', 'old_logp', 'ref_logp'.
+    rewards: one per row.
+    groups: one id per row.
+
+  Returns:
+    loss, {'kl', 'clip_ratio/low', 'clip_ratio/high'}: means over trained tokens.
+  """
+  cfg = settings
+  high = cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high
+  adv = advantages(rewards, groups, cfg.scale_rewards, cfg.std_ddof, cfg.advantage_eps)
+  kept = [
+    i
+    for i, row in enumerate(rows)
+    if not (cfg.mask_truncated_completions and row['stop'] == LENGTH)
+  ]
+  on_policy = cfg.num_iterations * cfg.num_minibatches == 1
+  total, tokens, metrics = 0.0, 0, {'kl': 0.0, 'clip_ratio/low': 0, 'clip_ratio/high': 0}
+  for i in kept:
+    row_loss = 0.0
+    for logp, old, ref in zip(rows[i]['logp'], rows[i]['old_logp'], rows[i]['ref_logp']):
+      ratio = math.exp(logp - (rows[i]['detached'].pop(0) if on_policy else old))
+      clipped = min(max(ratio, 1 - cfg.epsilon), 1 + high)
+      loss = -min(ratio * adv[i], clipped * adv[i])
+      k3 = math.exp(ref - logp) - (ref - logp) - 1
+      row_loss += loss + cfg.beta * k3
+      tokens += 1
+      metrics['kl'] += k3
+      metrics['clip_ratio/low'] += ratio < 1 - cfg.epsilon and adv[i] < 0
+      metrics['clip_ratio/high'] += ratio > 1 + high and adv[i] > 0
+    if cfg.loss_agg == 'seq_mean_token_mean':
+      row_loss /= len(rows[i]['logp'])
+    total += row_loss
+  denominator = {
+    'token_mean': tokens,
+    'seq_mean_token_mean': len(kept),
+    'token_sum_const': len(kept) * cfg.loss_constant,
+  }[cfg.loss_agg]
+  return total / denominator, {name: x / tokens for name, x in metrics.items()}
+
+
+def numerical_gradient(fn, x, step=1e-5):
+  """Central differences of a scalar function of one array."""
+  x, out = np.array(x, np.float64), np.zeros(np.shape(x))
+  for i in np.ndindex(x.shape):
+    x[i] += step
+    above = fn(x)
+    x[i] -= 2 * step
+    out[i] = (above - fn(x)) / (2 * step)
+    x[i] += step
+  return out
+
+
+def adamw(params, grads, steps, *, learning_rate, b1, b2, eps, decay, max_norm):
+  """Parameters after `steps` of AdamW (arXiv 1711.05101) under the same gradients, clipped by norm.
+
+  params, grads: {name: array}; decay: {name: coefficient}; learning_rate: step -> float.
+  """
+  params = {k: np.array(v, np.float64) for k, v in params.items()}
+  norm = math.sqrt(sum(float((np.float64(g) ** 2).sum()) for g in grads.values()))
+  grads = {k: np.float64(g) * min(1.0, max_norm / norm) for k, g in grads.items()}
+  m = {k: np.zeros_like(v) for k, v in params.items()}
+  v = {k: np.zeros_like(v) for k, v in params.items()}
+  for t in range(steps):
+    for k in params:
+      m[k] = b1 * m[k] + (1 - b1) * grads[k]
+      v[k] = b2 * v[k] + (1 - b2) * grads[k] ** 2
+      update = (m[k] / (1 - b1 ** (t + 1))) / (np.sqrt(v[k] / (1 - b2 ** (t + 1))) + eps)
+      params[k] -= learning_rate(t) * (update + decay[k] * params[k])
+  return params

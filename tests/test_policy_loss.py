@@ -1,0 +1,214 @@
+"""The fused loss against its materialised twin and a float64 oracle; and what it keeps in memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from reasonrl.kernels import policy_loss
+
+F32, BF16 = jnp.dtype('float32'), jnp.dtype('bfloat16')
+CASES = {name: rest for name, *rest in policy_loss.cases()}
+
+
+def loss_fn(logp, entropy, aux):
+  """Nonlinear in both, with a clip whose gradient is zero on one side; 0 for all-zero aux."""
+  ratio = jnp.exp(logp - aux['old'])
+  loss = -jnp.minimum(ratio * aux['adv'], jnp.clip(ratio, 0.8, 1.2) * aux['adv'])
+  loss = loss + 0.3 * jnp.expm1(-logp - 1.0) - 0.2 * entropy**2
+  return aux['weight'] * loss, {'ratio': ratio, 'entropy': entropy}
+
+
+def inputs(M, D, V, seed=0, dtype=F32):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), F32)  # noqa: E731
+  head = 0.5 * normal(V, D)
+  targets = jnp.asarray(rng.integers(0, V, M), jnp.int32)
+  aux = {'weight': jnp.abs(normal(M)), 'adv': normal(M), 'old': normal(M) - math.log(V)}
+  return normal(M, D).astype(dtype), head.astype(dtype), jnp.zeros(V), targets, aux
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def fused(hidden, head, bias, targets, aux, fn, form, rows):
+  run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows)
+  loss = lambda *a: run(*a, bias, targets, aux)  # noqa: E731
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def reference(hidden, head, bias, targets, aux, fn, form):
+  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, aux, fn, form)  # noqa: E731
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+
+
+def assert_close(got, want, rtol):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * max(np.abs(b).max(), 1e-3))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_equals_the_materialised_twin(name):
+  M, D, V, rows, *form = CASES[name]
+  args, form = inputs(M, D, V), (*form, F32)
+  got = fused(*args, loss_fn, form, rows)
+  assert_close(got, reference(*args, loss_fn, form), 1e-5)  # value, metrics, both gradients
+  (_, metrics), _ = got
+  logp, entropy = policy_loss.token_logps(*args[:4], form, rows)
+  np.testing.assert_allclose(metrics['entropy'], entropy, rtol=1e-6)
+  np.testing.assert_allclose(metrics['ratio'], jnp.exp(logp - args[4]['old']), rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_scores_equal_the_float64_oracle(name):
+  M, D, V, rows, scale, softcap, temperature = CASES[name]
+  hidden, head, _, targets, _ = inputs(M, D, V)
+  bias = jnp.zeros(V).at[3].set(0.7)
+  form = (scale, softcap, temperature, F32)
+  got = policy_loss.token_logps(hidden, head, bias, targets, form, rows)
+  want = oracle.scores(hidden, head, targets, scale, softcap, temperature, bias)
+  np.testing.assert_allclose(got[0], want[0], atol=2e-6)
+  np.testing.assert_allclose(got[1], want[1], atol=2e-6)
+
+
+def test_gradients_equal_differences_of_the_float64_oracle():
+  """Softcap, scale, temperature, bias and entropy together, by a loss written twice."""
+  hidden, head, _, targets, aux = inputs(3, 4, 5)
+  bias = jnp.array([0.0, 0.4, 0.0, -0.3, 0.0])
+  form = (0.7, 2.0, 0.6, F32)
+
+  def want(hidden, head):
+    logp, entropy = oracle.scores(hidden, head, targets, *form[:3], bias)
+    ratio = np.exp(logp - np.asarray(aux['old'], np.float64))
+    adv = np.asarray(aux['adv'], np.float64)
+    loss = -np.minimum(ratio * adv, np.clip(ratio, 0.8, 1.2) * adv)
+    loss = loss + 0.3 * np.expm1(-logp - 1.0) - 0.2 * entropy**2
+    return (np.asarray(aux['weight'], np.float64) * loss).sum()
+
+  (value, _), (dhidden, dhead) = fused(hidden, head, bias, targets, aux, loss_fn, form, 2)
+  assert float(value) == pytest.approx(want(hidden, head), rel=1e-5)
+  differ = oracle.numerical_gradient
+  np.testing.assert_allclose(dhidden, differ(lambda h: want(h, head), hidden), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(dhead, differ(lambda w: want(hidden, w), head), rtol=1e-4, atol=1e-5)
+
+
+def test_entropy_gradient_by_hand():
+  """Two words, p = (1/4, 3/4): H = .562335, dH/dz = (p0 p1 log 3, -p0 p1 log 3) = (.205990, -...)."""
+  head = jnp.array([[0.0], [math.log(3.0)]])
+  args = (jnp.ones((1, 1)), head, jnp.zeros(2), jnp.array([0]), {})
+  only_entropy = lambda logp, entropy, aux: (entropy, {})  # noqa: E731
+  (value, _), (_, dhead) = fused(*args, only_entropy, (1.0, None, 1.0, F32), 1)
+  assert float(value) == pytest.approx(0.562335, abs=1e-6)
+  np.testing.assert_allclose(dhead[:, 0], [0.205990, -0.205990], atol=1e-6)
+
+
+def test_forbidden_tokens_have_no_probability_entropy_or_gradient():
+  hidden, head, bias, targets, aux = inputs(6, 4, 7)
+  targets = targets % 5
+  keep = jnp.arange(5)  # forbidding the last two words = a vocabulary without them
+  form = (1.0, None, 0.6, F32)
+  bias = bias.at[jnp.array([5, 6])].set(-1e9)
+  (value, metrics), grads = fused(hidden, head, bias, targets, aux, loss_fn, form, 4)
+  small = fused(hidden, head[keep], jnp.zeros(5), targets, aux, loss_fn, form, 4)
+  assert_close(((value, metrics), (grads[0], grads[1][keep])), small, 1e-5)
+  assert (np.asarray(grads[1])[5:] == 0).all()
+
+
+def test_bfloat16_is_close_to_float32():
+  """bf16 operands, float32 sums: relative errors of a per cent; dtypes follow the operands."""
+  args = inputs(32, 16, 40, dtype=BF16)
+  args32 = [x.astype(F32) for x in args[:3]] + list(args[3:])
+  nll = lambda logp, entropy, aux: (-aux['weight'] * logp, {})  # noqa: E731
+  (got, _), grads = fused(*args, nll, (1.0, None, 1.0, BF16), 8)
+  (want, _), grads32 = fused(*args32, nll, (1.0, None, 1.0, F32), 8)
+  assert got.dtype == F32 and [g.dtype for g in grads] == [BF16, BF16]
+  assert float(got) == pytest.approx(float(want), rel=1e-3)
+  for a, b in zip(grads, grads32, strict=True):
+    error = jnp.linalg.norm(a.astype(F32) - b) / jnp.linalg.norm(b)
+    assert 1e-4 < float(error) < 1e-2
+
+
+def test_weight_zero_everywhere_is_exactly_zero():
+  *args, aux = inputs(9, 8, 11)
+  aux = {**aux, 'weight': jnp.zeros(9)}
+  (value, _), grads = fused(*args, aux, loss_fn, (1.0, None, 1.0, F32), 4)
+  assert float(value) == 0.0
+  assert all((np.asarray(g) == 0).all() for g in grads)
+
+
+def test_chunk_size_changes_rounding_alone():
+  args = inputs(13, 8, 11)
+  whole = fused(*args, loss_fn, (1.0, None, 1.0, F32), 64)
+  for rows in (1, 5, 13):
+    assert_close(fused(*args, loss_fn, (1.0, None, 1.0, F32), rows), whole, 1e-5)
+
+
+def test_a_cotangent_scales_both_gradients():
+  hidden, head, bias, targets, aux = inputs(5, 4, 6)
+  form = (1.0, None, 1.0, F32)
+  loss = lambda *a: -2.5 * policy_loss.token_loss(*a, bias, targets, aux, loss_fn, form, 2)[0]  # noqa: E731
+  scaled = jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head)
+  _, grads = fused(hidden, head, bias, targets, aux, loss_fn, form, 2)
+  assert_close(scaled, [-2.5 * g for g in grads], 1e-6)
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def arrays(compiled) -> dict[str, int]:
+  """Every array shape in the optimized program, with its number of elements."""
+  shapes = set(re.findall(r'\b[a-z]+[0-9]+\[([0-9,]+)\]', compiled.as_text()))
+  return {shape: math.prod(map(int, shape.split(','))) for shape in shapes}
+
+
+def check_memory(compiled, M, D, V, rows):
+  """Raises AssertionError if anything is larger than a chunk of logits or what the caller holds."""
+  found = arrays(compiled)
+  assert f'{rows},{V}' in found  # a chunk of logits: we are reading the right program
+  limit = max(rows * V, V * D, M * D)
+  assert limit < M * V
+  above = {shape: n for shape, n in found.items() if n > limit}
+  assert not above, f'larger than {limit} elements: {above}'
+  # A few chunks (logits, probabilities, their gradient) and [V, D] sums; not a function of M * V.
+  allowed = 4 * (5 * rows * V + 4 * V * D + 8 * M * D + 64 * M) + 4096
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  assert temporary < allowed, f'{temporary} bytes of temporaries, {allowed} allowed'
+
+
+@pytest.mark.parametrize('dtype', [F32, BF16], ids=str)
+@pytest.mark.parametrize('V', [640, 1280])
+@pytest.mark.parametrize('M', [320, 640])
+def test_no_buffer_above_one_chunk_of_logits(M, V, dtype):
+  D, rows, form = 8, 16, (1.0, None, 1.0, dtype)
+  args = inputs(M, D, V)
+  check_memory(fused.lower(*args, loss_fn, form, rows).compile(), M, D, V, rows)
+  score = jax.jit(policy_loss.token_logps, static_argnums=(4, 5))
+  check_memory(score.lower(*args[:4], form, rows).compile(), M, D, V, rows)
+
+
+def test_the_materialised_twin_fails_the_memory_check():
+  M, D, V, rows, form = 320, 8, 640, 16, (1.0, None, 1.0, F32)
+  args = inputs(M, D, V)
+  compiled = reference.lower(*args, loss_fn, form).compile()
+  assert arrays(compiled)[f'{M},{V}'] == M * V
+  with pytest.raises(AssertionError):
+    check_memory(compiled, M, D, V, rows)
+
+
+def test_scoring_does_no_gradient_work():
+  """The primal of `token_loss` outside a gradient is the scoring path: 2MDV, not 6MDV FLOPs."""
+  M, D, V, rows, form = 64, 64, 256, 16, (1.0, None, 1.0, F32)
+  *args, aux = inputs(M, D, V)
+  run = functools.partial(policy_loss.token_loss, fn=loss_fn, form=form, rows=rows)
+  program = jax.jit(run).lower(*args, aux).as_text()
+  assert program.count('dot_general') == 1
+  gradient = fused.lower(*args, aux, loss_fn, form, rows).as_text()
+  assert gradient.count('dot_general') == 3
