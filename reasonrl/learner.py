@@ -56,16 +56,10 @@ def nll(out: Out, aux) -> tuple[jax.Array, dict]:
 
 
 def sequences(tokens_BT, length_B, aux_BT: dict) -> list[types.Sequence]:
-  """Rows -> sequences; a token is scored where aux_BT['weight'] > 0.
-
-  Raises:
-    ValueError: a row scores its first token, which nothing predicts.
-  """
+  """Rows -> sequences; a token is scored where aux_BT['weight'] > 0."""
   out = []
   for i, n in enumerate(length_B):
     index = np.flatnonzero(aux_BT['weight'][i, :n] > 0)
-    if index.size and index[0] == 0:
-      raise ValueError(f'row {i}: the first token of a segment cannot be scored')
     aux = {name: np.asarray(x[i, index], np.float32) for name, x in aux_BT.items()}
     out.append(types.Sequence(np.asarray(tokens_BT[i, :n], np.int32), index, aux))
   return out
@@ -87,8 +81,12 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
     list of host Batches, and for every sequence its (micro-batch, row, first scored slot).
 
   Raises:
-    ValueError: a sequence is longer than row_length.
+    ValueError: a sequence is longer than row_length, or scores its first token, which nothing
+      predicts.
   """
+  for i, seq in enumerate(seqs):
+    if seq.index_N.size and seq.index_N.min() == 0:
+      raise ValueError(f'sequence {i}: the first token of a segment cannot be scored')
   order = sorted(range(len(seqs)), key=lambda i: -seqs[i].tokens_L.size)
   if seqs[order[0]].tokens_L.size > row_length:
     longest = seqs[order[0]].tokens_L.size
@@ -186,8 +184,7 @@ class Learner:
         batch = sharding.put_rows(batch, self.mesh)
         for term in self.terms:
           if term.prepare is not None:
-            more = term.prepare(self.score(state.params, batch).logp, batch)
-            batch = dataclasses.replace(batch, aux={**batch.aux, **more})
+            batch = self._prepared(term.prepare, state.params, batch)
         grads, report = self.accumulate(state.params, grads, batch, denominators)
         reports.append(report)
       state, final = self.apply(state, grads, [r['loss'] for r in reports])
@@ -231,7 +228,8 @@ class Learner:
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def apply(self, state: types.TrainState, grads, losses):
     """Updates the state, or leaves it as it is if the loss or the gradient norm is not finite."""
-    grad_norm = optax.global_norm(grads)
+    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+    grad_norm = jnp.sqrt(sum(squares))
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(sum(losses))
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -263,6 +261,12 @@ class Learner:
       self.mesh,
     )
     return Out(*(x.reshape(batch.index_BM.shape) for x in out))
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def _prepared(self, prepare, params, batch: types.Batch) -> types.Batch:
+    """The batch with the aux arrays that `prepare` makes of a scoring pass, as one program."""
+    more = prepare(self.score(params, batch).logp, batch)
+    return dataclasses.replace(batch, aux={**batch.aux, **more})
 
   def _scored(self, params, batch):
     """Hidden state before each scored token, the tokens, and aux: all flattened to [M]."""
@@ -309,7 +313,7 @@ def reduce_reports(reports_and_final) -> dict[str, float]:
     out[name] = max(values) if name.endswith('_max') else sum(values) / tokens
   if 'mismatch' in reports[0]:
     gap = np.concatenate([r['mismatch'].reshape(-1) for r in reports])
-    gap = gap[gap != -1.0]
+    gap = gap[gap != -1.0] if tokens_scored else np.zeros(1)
     out['mismatch/mean'], out['mismatch/max'] = float(gap.mean()), float(gap.max())
     out['mismatch/p99'] = float(np.quantile(gap, 0.99))
   return out | {name: float(x) for name, x in final.items()}

@@ -139,7 +139,7 @@ def open_workdir(
 
   Raises:
     UserError: the folder holds a run of another config (names the fields) or is not a workdir, or
-      it cannot be written.
+      it cannot be written. A run that has written no row yet has nothing to lose: it may change.
   """
   if '://' in workdir:
     raise records.UserError(f'workdir {workdir!r} is not a local path; mount it and name the mount')
@@ -156,7 +156,8 @@ def open_workdir(
         for field, values in differences.items()
         if not any(f'{field}.'.startswith(f'{free}.') for free in may_differ)
       ]
-      if refused:
+      began = any((path / name).stat().st_size for name in START if (path / name).exists())
+      if refused and began:  # before its first row a run has nothing to lose
         raise records.UserError(
           f'workdir {workdir} belongs to another config; use a new --workdir, or put back:\n  '
           + '\n  '.join(refused)

@@ -25,7 +25,7 @@ class Optim:
   learning_rate: float
   schedule: str
   warmup_steps: int
-  final_fraction: float  # of learning_rate, at the last step of 'linear' and 'cosine'
+  final_fraction: float  # of learning_rate, where 'linear' and 'cosine' end: after the last step
   b1: float
   b2: float
   eps: float

@@ -94,10 +94,12 @@ class Pool:
     if not 0 < timeout_s < math.inf:
       raise records.UserError(f'rewarding.timeout_s={timeout_s}: a positive number of seconds')
     self._timeout_s = timeout_s
-    self._workers = [_Worker(timeout_s) for _ in range(workers)]
-    # Runs before multiprocessing's own exit handler, which would wait for workers that ignore
-    # SIGTERM.
+    self._workers = []
+    # Runs before multiprocessing's own exit handler, which would wait for ever: workers ignore the
+    # SIGTERM that it sends.
     atexit.register(self.close)
+    for _ in range(workers):
+      self._workers.append(_Worker(timeout_s))
 
   def __enter__(self) -> Pool:
     return self

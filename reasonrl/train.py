@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
 import pathlib
 import time
 
@@ -468,7 +469,7 @@ def run(config, workdir: str, pool) -> int:
   flat = positions(config)
   for name, _ in flat:
     check_section(config, name)
-  if config.compilation_cache:
+  if config.compilation_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = str(pathlib.Path(config.compilation_cache).expanduser())
     jax.config.update('jax_compilation_cache_dir', cache)
   leader = jax.process_index() == 0

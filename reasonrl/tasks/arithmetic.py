@@ -113,4 +113,5 @@ class Arithmetic:
 
 def _canonical(problem: tuple[list[int], list[str]]) -> str:
   values, operations = problem
-  return ' '.join(sorted(sign + str(value) for sign, value in zip(['+', *operations], values)))
+  signed = (-v if sign == '-' else v for sign, v in zip(['+', *operations], values))
+  return ' '.join(str(term) for term in sorted(signed))

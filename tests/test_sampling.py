@@ -1,0 +1,635 @@
+"""The sampler: draws by hand and by frequency, log-probabilities, layouts, append, fork, waves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from reasonrl import ops, records, sampling, sharding, types
+from reasonrl.configs import common
+from reasonrl.models import decoder
+
+V, S = 23, 24
+FORBIDDEN = (0, 5)
+NEVER = (5,)  # a stop id that is never sampled
+RUNNING, EOS, LENGTH = records.Stop
+TINY = {
+  'vocab_size': V,
+  'num_layers': 2,
+  'width': 16,
+  'num_heads': 4,
+  'num_kv_heads': 2,
+  'head_dim': 4,
+  'mlp_width': 24,
+  'max_position': 64,
+}
+GEMMA = {
+  'norm_plus_one': True,
+  'post_norms': True,
+  'qk_norm': True,
+  'embed_scale': True,
+  'final_softcap': 2.0,
+  'attention_softcap': 3.0,
+  'sliding_window': 4,
+  'sliding_window_pattern': 2,
+}
+
+
+def make(cls=decoder.Decoder, **changes):
+  fields = common.model('nano').to_dict() | TINY | changes
+  return cls(**{k: v for k, v in fields.items() if k not in ('kind', 'weights')})
+
+
+@functools.cache
+def parameters(model):
+  """Random values, large enough for distributions that are far from flat."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def make_sampler(model):
+  return sampling.Sampler(model, sharding.make_mesh(1, 1, 1), FORBIDDEN)
+
+
+@pytest.fixture(scope='module')
+def sampler():
+  return make_sampler(make())
+
+
+@pytest.fixture(scope='module')
+def params(sampler):
+  return sampler.layout(parameters(sampler.model))
+
+
+def spec(temperature=1.0, top_k=0, top_p=1.0, stop_ids=NEVER):
+  return types.Spec(temperature, top_k, top_p, stop_ids)
+
+
+def keys(samples, seed=0):
+  return sampling.row_keys(seed, 'train', 0, 0, 0, 0, np.asarray(samples), 0)
+
+
+PROMPTS = ((7,), (1, 2, 3), (4, 3, 2, 1, 6))
+
+
+def ask(prompt_R, max_new, prompts=PROMPTS, width=6, seed=0):
+  """Requests over `prompts`; request r has the key of sample r."""
+  tokens_PT = np.zeros((len(prompts), width), np.int32)
+  for row, prompt in zip(tokens_PT, prompts):
+    row[: len(prompt)] = prompt
+  prompt_R = np.asarray(prompt_R, np.int32)
+  return types.Requests(
+    tokens_PT=tokens_PT,
+    length_P=np.asarray([len(p) for p in prompts], np.int32),
+    prompt_R=prompt_R,
+    key_R=keys(np.arange(prompt_R.size), seed),
+    max_new_R=np.broadcast_to(np.asarray(max_new, np.int32), prompt_R.shape),
+  )
+
+
+def generate(sampler, requests, how, slots=0):
+  return sampler.generate(parameters(sampler.model), requests, how, slots, lambda: None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scores(sampler, temperature, params, tokens_BT):
+  positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  hidden, _ = sampler.model.hidden(params, tokens_BT, positions, jnp.ones_like(positions), None)
+  flat = hidden.reshape(-1, hidden.shape[-1])
+  head = sampler.model.head(params)
+  z = ops.logits(flat, head, sampler.bias_V(), sampler.form(temperature))
+  return z.reshape(*tokens_BT.shape, -1)
+
+
+def log_softmax(sampler, temperature, tokens_BT):
+  """float64 [B, T, V]: entry t is the distribution of token t, from one full forward."""
+  z = np.asarray(_scores(sampler, temperature, parameters(sampler.model), tokens_BT), np.float64)
+  top = z.max(-1, keepdims=True)
+  logp = z - top - np.log(np.exp(z - top).sum(-1, keepdims=True))
+  return np.concatenate([np.zeros_like(logp[:, :1]), logp[:, :-1]], axis=1)
+
+
+def chosen(logp_BTV, tokens_BT):
+  return np.take_along_axis(logp_BTV, tokens_BT[..., None], axis=2)[..., 0]
+
+
+# ------------------------------------------------------------------------------------ random keys
+
+
+def test_row_keys_fold_in_every_component():
+  base = dict(
+    seed=1, purpose='train', phase=2, iteration=3, step=4, prompt_R=5, sample_R=6, thread_R=7
+  )
+  key = jax.random.key(1)
+  for part in (sampling.PURPOSES['train'], 2, 3, 4, 5, 6, 7):
+    key = jax.random.fold_in(key, part)
+  one = sampling.row_keys(**base | {'prompt_R': np.array([5])})
+  assert one.dtype == np.uint32
+  np.testing.assert_array_equal(one, [jax.random.key_data(key)])
+  found = {tuple(one[0])}
+  for name, value in base.items():
+    other = 'eval' if name == 'purpose' else value + 1
+    found.add(tuple(sampling.row_keys(**base | {'prompt_R': np.array([5]), name: other})[0]))
+  assert len(found) == 1 + len(base)
+
+
+PINNED_KEYS = [
+  [3362813952, 1555611411],
+  [965583632, 1382675192],
+  [1213062660, 3775316157],
+  [363683482, 121097843],
+]
+PINNED_UNIFORMS = [0.4664444923400879, 0.14705240726470947, 0.31168270111083984, 0.4972153902053833]
+
+
+def test_row_keys_never_change():
+  """Other values mean that every seeded result of the past is lost."""
+  assert sampling.PURPOSES['train'] == 0 and sampling.PURPOSES['eval'] == 1
+  got = sampling.row_keys(0, 'train', 0, 0, 0, np.array([0, 0, 1, 2**31 - 1]), np.arange(4), 0)
+  assert got.tolist() == PINNED_KEYS
+  u = sampling.uniforms(jnp.asarray(got), jnp.asarray([0, 1, 2, 3]))
+  np.testing.assert_array_equal(u, np.asarray(PINNED_UNIFORMS, np.float32))
+
+
+def test_uniforms_are_uniform_and_depend_on_key_and_position():
+  key_B, position_B = jnp.asarray(keys(np.arange(4000))), jnp.full(4000, 9)
+  u = np.sort(sampling.uniforms(key_B, position_B))
+  assert 0 <= u[0] and u[-1] < 1
+  # Kolmogorov-Smirnov: 1.95 / sqrt(n) is passed once in a thousand.
+  assert np.abs(u - np.arange(4000) / 4000).max() < 1.95 / 4000**0.5
+  other = sampling.uniforms(jnp.tile(key_B[:1], (4000, 1)), jnp.arange(4000))
+  assert len(np.unique(other)) > 3990 and len(np.unique(u)) > 3990
+
+
+# ------------------------------------------------------------------------------------ one draw
+
+
+inverse_cdf = jax.jit(sampling.inverse_cdf)
+
+
+@pytest.mark.parametrize(
+  'weights, u, token',
+  [
+    ((1, 2, 0, 1), 0.0, 0),
+    ((1, 2, 0, 1), 0.2499, 0),
+    ((1, 2, 0, 1), 0.25, 1),
+    ((1, 2, 0, 1), 0.7499, 1),
+    ((1, 2, 0, 1), 0.75, 3),  # not 2, which has no weight
+    ((0, 0, 3, 0), 0.0, 2),
+    ((0, 0, 3, 0), 1 - 2**-24, 2),
+    ((1e-30, 0, 0, 0), 1 - 2**-24, 0),
+    ((5, 0, 0, 0), 0.5, 0),
+  ],
+)
+def test_inverse_cdf_by_hand(weights, u, token):
+  got = inverse_cdf(jnp.asarray([weights], jnp.float32), jnp.asarray([u], jnp.float32))
+  assert got.dtype == jnp.int32 and got.item() == token
+
+
+def test_inverse_cdf_across_blocks():
+  weights = np.zeros((1, 3 * sampling.BLOCK - 7), np.float32)
+  weights[0, [3, sampling.BLOCK, 2 * sampling.BLOCK + 5]] = 1.0, 2.0, 1.0
+  u = np.asarray([0.0, 0.24, 0.25, 0.74, 0.75, 1 - 2**-24], np.float32)
+  got = inverse_cdf(jnp.repeat(weights, 6, axis=0), u)
+  want = [3, 3, sampling.BLOCK, sampling.BLOCK, 2 * sampling.BLOCK + 5, 2 * sampling.BLOCK + 5]
+  assert got.tolist() == want
+
+
+def test_inverse_cdf_frequencies():
+  """n evenly spaced uniforms give every token its share of n, to within one."""
+  n, rng = 20_000, np.random.default_rng(0)
+  weights = (rng.random(700) * (rng.random(700) < 0.3)).astype(np.float32)
+  u = ((np.arange(n) + 0.5) / n).astype(np.float32)
+  many = jax.jit(jax.vmap(lambda w, u: sampling.inverse_cdf(w[None], u[None])[0], (None, 0)))
+  counts = np.bincount(many(weights, u), minlength=700)
+  assert np.abs(counts - n * weights / weights.sum(dtype=np.float64)).max() < 1.1
+  assert not counts[weights == 0].any()
+
+
+@pytest.mark.parametrize('size', [300, 5000], ids=['inside a block', 'whole blocks'])
+def test_inverse_cdf_never_takes_a_token_of_weight_zero(size):
+  """Uniforms at the boundaries of the cdf as it is rounded; a parallel cumsum may even fall."""
+  rng = np.random.default_rng(0)
+  shape = (64, size) if size == 300 else (64, size // sampling.BLOCK, sampling.BLOCK)
+  weights = rng.random(shape, np.float32)
+  weights *= rng.random((*shape[:2], *(1,) * (len(shape) - 2))) < 0.5
+  weights = weights.reshape(64, -1)
+  cdf = np.asarray(jnp.cumsum(weights, axis=1))
+  rows = np.arange(64)
+  for _ in range(100):
+    j = rng.integers(0, weights.shape[1], 64)
+    u = np.clip(cdf[rows, j] / cdf[:, -1], 0, 1 - 2**-24).astype(np.float32)
+    assert (weights[rows, inverse_cdf(weights, u)] > 0).all()
+
+
+def small_weights(rows=500, size=20):
+  """Small integers: sums are exact and ties are everywhere."""
+  weights = np.random.default_rng(0).integers(0, 9, (rows, size)).astype(np.float32)
+  weights[:, 0] += 1
+  return weights
+
+
+@pytest.mark.parametrize('k', [0, 1, 2, 7, 20, 50])
+def test_top_k_against_a_sort(k):
+  weights = small_weights()
+  got = jax.jit(sampling.keep_top_k, static_argnums=1)(weights, k)
+  threshold = np.sort(weights, axis=1)[:, -k if 0 < k < 20 else 0]
+  np.testing.assert_array_equal(got, np.where(weights >= threshold[:, None], weights, 0))
+
+
+@pytest.mark.parametrize('p', [1e-6, 0.25, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_against_a_sort(p):
+  weights = small_weights()
+  got = jax.jit(sampling.keep_top_p, static_argnums=1)(weights, p)
+  for row, kept in zip(weights, np.asarray(got)):
+    falling = np.sort(row)[::-1]
+    enough = np.cumsum(falling) >= np.float32(p) * row.sum()
+    want = np.where(row >= falling[np.argmax(enough)], row, 0)
+    np.testing.assert_array_equal(kept, want)
+
+
+def test_top_p_by_hand():
+  weights = jnp.asarray([[4.0, 3.0, 2.0, 1.0], [1.0, 1.0, 1.0, 7.0], [3.0, 3.0, 3.0, 1.0]])
+  assert sampling.keep_top_p(weights, 0.7).tolist() == [
+    [4.0, 3.0, 0.0, 0.0],
+    [0.0, 0.0, 0.0, 7.0],
+    [3.0, 3.0, 3.0, 0.0],  # the three tie
+  ]
+
+
+def test_draw_by_hand():
+  # Probabilities 1/8, 1/2, 3/8; the log-probability is the untruncated one.
+  z = jnp.log(jnp.asarray([[1.0, 4.0, 3.0]]))
+  draws = {
+    (spec(), 0.1): 0,
+    (spec(), 0.2): 1,
+    (spec(), 0.9): 2,
+    (spec(top_k=2), 0.1): 1,
+    (spec(top_k=1), 0.9): 1,
+    (spec(top_p=0.6), 0.99): 2,
+    (spec(top_p=0.5), 0.99): 1,
+    (spec(temperature=0.0), 0.99): 1,
+  }
+  for (how, u), token in draws.items():
+    got, logp = sampling.draw(z, jnp.asarray([u]), how)
+    assert got.item() == token
+    np.testing.assert_allclose(logp.item(), np.log([1 / 8, 1 / 2, 3 / 8][token]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'field, value',
+  [('temperature', -0.1), ('top_k', -1), ('top_p', 0.0), ('top_p', 1.1), ('stop_ids', ())],
+)
+def test_a_bad_spec_names_itself(field, value):
+  with pytest.raises(records.UserError, match=f'{field}=' + str(value).replace('(', r'\(')[:2]):
+    spec(**{field: value})
+
+
+# ------------------------------------------------------------------------------------ generate
+
+
+MODELS = {'llama': {}, 'gemma': GEMMA, 'scan': {'scan_layers': True, 'tied_embeddings': False}}
+
+
+@pytest.mark.parametrize(
+  'changes, temperature',
+  [('llama', 1.0), ('llama', 0.6), ('gemma', 0.6), ('scan', 1.0)],
+)
+def test_sampled_logp_is_the_teacher_forced_one(changes, temperature):
+  """float32, within 1e-4, at any temperature, with forbidden ids."""
+  sampler = make_sampler(make(**MODELS[changes]))
+  requests = ask(np.repeat([0, 1, 2], 8), 15)
+  out = generate(sampler, requests, spec(temperature))
+  want = chosen(log_softmax(sampler, temperature, out.tokens_RS), out.tokens_RS)
+  policy = out.source_RS == types.POLICY
+  assert policy.sum() == 24 * 15
+  np.testing.assert_allclose(out.logp_RS[policy], want[policy], atol=1e-4, rtol=0)
+  assert not out.logp_RS[~policy].any()
+  assert not np.isin(out.tokens_RS[policy], FORBIDDEN).any()
+  assert len(np.unique(out.tokens_RS[policy])) > 8  # not a test of a constant
+
+
+def test_bfloat16_logp_is_near_the_teacher_forced_one():
+  sampler = make_sampler(make(compute_dtype='bfloat16'))
+  out = generate(sampler, ask(np.repeat([0, 1, 2], 8), 15), spec())
+  want = chosen(log_softmax(sampler, 1.0, out.tokens_RS), out.tokens_RS)
+  policy = out.source_RS == types.POLICY
+  gap = np.abs(out.logp_RS - want)[policy]
+  assert gap.mean() < 0.02 and gap.max() < 0.2
+  decode = sampler.layout(parameters(sampler.model))
+  assert decode['layers']['00']['attn']['q']['weight'].dtype == jnp.bfloat16
+  assert decode['final_norm']['scale'].dtype == jnp.float32
+
+
+def test_rows_are_whole():
+  """Prompt, completion, padding: lengths, sources, caps and stop reasons of every row."""
+  prompt_R, max_new = [2, 0, 1, 1, 0], [3, 9, 0, 5, 1]
+  out = generate(make_sampler(make()), ask(prompt_R, max_new), spec())
+  assert out.tokens_RS.shape == (5, 6 + 9)
+  assert out.prompt_length_R.tolist() == [5, 1, 3, 3, 1]
+  assert out.length_R.tolist() == [8, 10, 3, 8, 2]
+  assert out.stop_R.tolist() == [LENGTH] * 5
+  for r, (start, end) in enumerate(zip(out.prompt_length_R, out.length_R)):
+    assert tuple(out.tokens_RS[r, :start]) == PROMPTS[prompt_R[r]]
+    at = np.arange(15)
+    policy = (at >= start) & (at < end)
+    np.testing.assert_array_equal(out.source_RS[r], np.where(policy, types.POLICY, types.PROMPT))
+    assert not out.tokens_RS[r, end:].any()
+
+
+def test_eos_is_sampled_stored_and_the_last(sampler):
+  stop_ids, max_new = (3, 8, 12), 12
+  out = generate(sampler, ask(np.arange(60) % 3, max_new), spec(stop_ids=stop_ids))
+  free = generate(sampler, ask(np.arange(60) % 3, max_new), spec())
+  ended = 0
+  for r in range(60):
+    start, end = out.prompt_length_R[r], out.length_R[r]
+    same = free.tokens_RS[r, start : start + max_new]
+    first = np.flatnonzero(np.isin(same, stop_ids))
+    want = first[0] + 1 if first.size else max_new
+    assert end - start == want
+    assert out.stop_R[r] == (EOS if first.size else LENGTH)
+    np.testing.assert_array_equal(out.tokens_RS[r, start:end], same[:want])
+    assert (out.source_RS[r, start:end] == types.POLICY).all()
+    assert out.logp_RS[r, start:end].all()
+    for after in (out.tokens_RS, out.logp_RS, out.source_RS):
+      assert not after[r, end:].any()
+    ended += first.size > 0
+  assert 10 < ended < 60  # both kinds of end were seen
+
+
+def test_eos_on_the_last_allowed_token_is_eos(sampler):
+  free = generate(sampler, ask([0], 4), spec())
+  last = int(free.tokens_RS[0, 4])
+  assert last not in free.tokens_RS[0, 1:4]
+  out = generate(sampler, ask([0], 4), spec(stop_ids=(last,)))
+  assert out.length_R[0] == 5 and out.stop_R[0] == EOS
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(sampler):
+  prompts = tuple((1 + i % 20, 1 + i // 20) for i in range(60))
+  out = generate(sampler, ask(np.arange(60), 20, prompts), spec(temperature=0.0))
+  logp = log_softmax(sampler, 0.0, out.tokens_RS)
+  policy = out.source_RS == types.POLICY
+  best, second = np.sort(logp, axis=-1)[..., :-3:-1].transpose(2, 0, 1)
+  differ = policy & (logp.argmax(-1) != out.tokens_RS)
+  assert not (differ & (best - second > 1e-4)).any()
+  assert differ.sum() <= 2, f'{differ.sum()} ties in {policy.sum()} tokens'
+  # Greedy draws report the log-probability at temperature 1.
+  np.testing.assert_allclose(out.logp_RS[policy], chosen(logp, out.tokens_RS)[policy], atol=1e-4)
+  for how in (spec(top_k=1), spec(top_p=1e-6)):
+    same = generate(sampler, ask(np.arange(60), 20, prompts), how)
+    assert (same.tokens_RS == out.tokens_RS).mean() > 0.99
+
+
+# ------------------------------------------------------------------------------------ batch layout
+
+
+def compare(sampler, one, two, requests):
+  """Draws compared and draws that differ, row by row up to the first difference.
+
+  A difference is allowed where the uniform lies within 1e-5 of a boundary of the cdf.
+  """
+  draws = differ = 0
+  for r in range(one.length_R.size):
+    start, end = one.prompt_length_R[r], one.length_R[r]
+    ids = [samples.tokens_RS[r, start:end] for samples in (one, two)]
+    wrong = np.flatnonzero(ids[0] != ids[1])
+    draws += wrong[0] + 1 if wrong.size else end - start
+    if not wrong.size:
+      assert two.length_R[r] == end
+      continue
+    at = start + wrong[0]
+    cdf = np.cumsum(np.exp(log_softmax(sampler, 1.0, one.tokens_RS[r : r + 1])[0, at]))
+    u = sampling.uniforms(jnp.asarray(requests.key_R[r : r + 1]), jnp.asarray([at]))
+    assert np.abs(cdf - float(u[0])).min() < 1e-5, f'request {r} differs at position {at}'
+    differ += 1
+  return draws, differ
+
+
+@pytest.fixture(scope='module')
+def many(sampler):
+  """320 requests of 40 tokens over 7 prompts, all in one wave."""
+  rng = np.random.default_rng(0)
+  prompts = tuple(tuple(rng.integers(1, V, n).tolist()) for n in (1, 2, 3, 3, 4, 5, 6))
+  requests = ask(rng.integers(0, 7, 320), 40, prompts)
+  return requests, generate(sampler, requests, spec())
+
+
+def reorder(requests, order):
+  rows = {name: getattr(requests, name)[order] for name in ('prompt_R', 'key_R', 'max_new_R')}
+  return dataclasses.replace(requests, **rows)
+
+
+@pytest.mark.parametrize(
+  'layout', ['waves of 64', 'waves of 50', 'other order', 'alone', 'wider prompts', 'more prompts']
+)
+def test_draws_do_not_depend_on_the_batch(sampler, many, layout):
+  """Slots, waves, order, company and padding: the same tokens for every request."""
+  requests, want = many
+  order, slots, other = np.arange(320), 0, requests
+  if layout == 'waves of 64':
+    slots = 64
+  elif layout == 'waves of 50':
+    slots = 50  # 320 is no multiple: the last wave has spare rows
+  elif layout == 'other order':
+    order, slots = np.random.default_rng(1).permutation(320), 128
+  elif layout == 'alone':
+    order = np.arange(0, 320, 40)
+    slots = 1
+  elif layout == 'wider prompts':
+    wide = np.pad(requests.tokens_PT, ((0, 0), (0, 10)), constant_values=9)
+    other = dataclasses.replace(requests, tokens_PT=wide)
+  else:  # every request brings its own copy of its prompt: nothing is shared
+    rows = requests.prompt_R
+    copies = {'tokens_PT': requests.tokens_PT[rows], 'length_P': requests.length_P[rows]}
+    other = dataclasses.replace(requests, **copies, prompt_R=np.arange(320, dtype=np.int32))
+  got = generate(sampler, reorder(other, order), spec(), slots)
+  pick = lambda x: x[order]  # noqa: E731
+  want = types.Samples(**{k: pick(v) for k, v in vars(want).items()})
+  draws, differ = compare(sampler, want, got, reorder(requests, order))
+  assert draws >= (300 if layout == 'alone' else 10_000) and differ <= 3, (draws, differ)
+  print(f'{layout}: {draws} draws, {differ} within 1e-5 of a boundary')
+  if not differ:
+    policy = want.source_RS == types.POLICY
+    gap = np.abs(got.logp_RS[:, : policy.shape[1]] - want.logp_RS)[policy]
+    assert gap.max() < 1e-4
+
+
+def test_other_keys_give_other_draws(sampler, many):
+  """The comparison above can fail."""
+  requests, want = many
+  other = dataclasses.replace(requests, key_R=keys(np.arange(320), seed=1))
+  with pytest.raises(AssertionError, match='differs at position'):
+    compare(sampler, want, generate(sampler, other, spec()), requests)
+
+
+# ------------------------------------------------------------------------------------ work done
+
+
+CALLS = []
+
+
+class Counting(decoder.Decoder):
+  """Notes the shape of its input every time the trunk runs on the device."""
+
+  def hidden(self, params, inputs, *rest):
+    jax.debug.callback(functools.partial(CALLS.append, inputs.shape))
+    return super().hidden(params, inputs, *rest)
+
+
+def test_prompts_are_prefilled_once_and_the_loop_leaves_early():
+  sampler = make_sampler(make(Counting, num_layers=1))
+  requests = ask(np.repeat([0, 1, 2], 4), 30)
+  CALLS.clear()
+  out = generate(sampler, requests, spec(stop_ids=tuple(range(1, V, 4))))
+  jax.effects_barrier()
+  steps = (out.length_R - out.prompt_length_R).max()
+  assert steps < 30 and (out.stop_R == EOS).all()
+  # Three prompts for twelve samples; as many steps as the longest row, not 30.
+  assert CALLS == [(3, 6)] + [(12, 1)] * steps
+
+  CALLS.clear()
+  polls = []
+  out = sampler.generate(parameters(sampler.model), requests, spec(), 8, lambda: polls.append(len(CALLS)))
+  jax.effects_barrier()
+  # Two waves of 8 rows over at most two prompts each; `poll` ran before each.
+  assert CALLS == 2 * ([(2, 6)] + [(8, 1)] * 30)
+  assert polls == [0, 31]
+
+
+def test_a_window_longer_than_the_model(sampler):
+  requests = ask([0], 59)  # 6 + 59 > 64
+  with pytest.raises(records.UserError, match='prompt of 6.*max_new 59.*64 positions'):
+    generate(sampler, requests, spec())
+  assert generate(sampler, ask([0], 58), spec()).length_R.tolist() == [59]
+
+
+# ------------------------------------------------------------------------------------ the stages
+
+
+def start(sampler, params, tokens_BT, length_B, max_new=S, seed=0):
+  """Rows ready to decode, in a window of S."""
+  B = len(length_B)
+  state = sampler.prefill(params, jnp.asarray(tokens_BT), jnp.asarray(length_B), S)
+  max_new_B = jnp.broadcast_to(jnp.asarray(max_new, jnp.int32), (B,))
+  return sampler.assign(state, jnp.asarray(keys(np.arange(B), seed)), max_new_B)
+
+
+def first(sampler, params, max_new=S):
+  requests = ask([0, 1, 2], 0)
+  return start(sampler, params, requests.tokens_PT, requests.length_P, max_new)
+
+
+def host(state):
+  """NumPy copies of what does not belong to the cache."""
+  names = ('tokens_BS', 'source_BS', 'logp_BS', 'length_B', 'stop_B')
+  return {name: np.array(getattr(state, name)) for name in names}
+
+
+def assert_same(one, two):
+  for name in one:
+    np.testing.assert_allclose(one[name], two[name], atol=1e-5, err_msg=name)
+
+
+def test_decoding_in_two_pieces_is_decoding_in_one(sampler, params):
+  one = host(sampler.decode(params, first(sampler, params), spec(), 8))
+  state = sampler.decode(params, first(sampler, params), spec(), 3)
+  assert (np.asarray(state.stop_B) == LENGTH).all()
+  assert_same(host(sampler.decode(params, state, spec(), 5)), one)
+
+
+TOOL = np.array([[9, 8, 7, 6], [1, 1, 1, 1], [2, 3, 4, 5]], np.int32)
+
+
+@pytest.mark.parametrize('counts', [(4, 1, 2), (0, 3, 1)], ids=str)
+def test_append_is_a_new_prefill(sampler, params, counts):
+  """The same continuation and the same log-probabilities, for any number of tokens per row."""
+  before = sampler.decode(params, first(sampler, params), spec(), 4)
+  length_B = np.array(before.length_B)
+  state = sampler.append(params, before, jnp.asarray(TOOL), jnp.asarray(counts))
+  middle = host(state)
+  for b, n in enumerate(counts):
+    assert middle['length_B'][b] == length_B[b] + n
+    span = slice(length_B[b], length_B[b] + n)
+    assert middle['tokens_BS'][b, span].tolist() == TOOL[b, :n].tolist()
+    assert (middle['source_BS'][b, span] == types.ENVIRONMENT).all()
+    assert not middle['logp_BS'][b, span].any() and not middle['tokens_BS'][b, span.stop :].any()
+  got = host(sampler.decode(params, state, spec(), 5))
+
+  again = start(sampler, params, middle['tokens_BS'][:, :15], middle['length_B'])
+  want = host(sampler.decode(params, again, spec(), 5))
+  np.testing.assert_array_equal(got['tokens_BS'], want['tokens_BS'])
+  np.testing.assert_array_equal(got['length_B'], middle['length_B'] + 5)
+  new = want['source_BS'] == types.POLICY
+  assert new.sum() == 15
+  np.testing.assert_allclose(got['logp_BS'][new], want['logp_BS'][new], atol=1e-4)
+  assert (got['source_BS'][new] == types.POLICY).all()
+
+
+def test_append_of_one_token_at_a_time(sampler, params):
+  """The cache's one-token path: a row that gets nothing must not be disturbed."""
+  one = sampler.decode(params, first(sampler, params), spec(), 4)
+  two = sampler.decode(params, first(sampler, params), spec(), 4)
+  counts = jnp.asarray([2, 0, 1])
+  one = sampler.append(params, one, jnp.asarray(TOOL[:, :2]), counts)
+  for i in range(2):
+    column = jnp.asarray(TOOL[:, i : i + 1])
+    two = sampler.append(params, two, column, (counts > i).astype(jnp.int32))
+  assert_same(*(host(sampler.decode(params, state, spec(), 5)) for state in (one, two)))
+
+
+def test_append_wakes_rows_that_ended(sampler, params):
+  free = host(sampler.decode(params, first(sampler, params), spec(), 4))
+  stop_ids = tuple(int(free['tokens_BS'][b, 2 * b + 2]) for b in (0, 1))  # their second new tokens
+  how = spec(stop_ids=stop_ids)
+  state = sampler.decode(params, first(sampler, params), how, 4)
+  assert np.asarray(state.stop_B)[:2].tolist() == [EOS, EOS]
+  length_B = np.array(state.length_B)
+  state = sampler.append(params, state, jnp.asarray(TOOL), jnp.asarray([2, 0, 2]))
+  state = sampler.decode(params, state, spec(), 4)
+  grown = (np.asarray(state.length_B) - length_B).tolist()
+  assert grown == [2 + 4, 0, 2 + 4]  # the row that got nothing stays ended
+  assert state.stop_B.tolist() == [LENGTH, EOS, LENGTH]
+
+
+def test_append_at_the_end_of_the_window_or_the_cap(sampler, params):
+  """What does not fit is dropped, and no row grows past its cap or its window."""
+  state = sampler.decode(params, first(sampler, params, (S, S, 6)), spec(), 17)
+  assert state.length_B.tolist() == [18, 20, 11]  # the third stopped at its cap
+  wide = jnp.asarray(np.tile(TOOL, (1, 2)))
+  state = sampler.append(params, state, wide, jnp.asarray([8, 2, 1]))
+  assert state.length_B.tolist() == [24, 22, 12]
+  state = sampler.decode(params, state, spec(), 17)
+  assert state.length_B.tolist() == [24, 24, 12]
+  assert state.stop_B.tolist() == [LENGTH] * 3
+  sources = [(np.asarray(state.source_BS)[b] == types.POLICY).sum() for b in range(3)]
+  assert sources == [17, 17 + 2, 6]
+
+
+def test_fork_is_a_copy(sampler, params):
+  """A forked row continues like its origin, wherever it sits; its origin is not disturbed."""
+  rows = np.array([2, 0, 0, 1, 2])
+  state = sampler.decode(params, first(sampler, params), spec(), 4)
+  copy = sampler.fork(state, jnp.asarray(rows))
+  for name, x in host(state).items():
+    np.testing.assert_array_equal(host(copy)[name], x[rows])
+  copy = host(sampler.decode(params, copy, spec(), 5))
+  state = host(sampler.decode(params, state, spec(), 5))
+  assert_same(copy, {name: x[rows] for name, x in state.items()})
+
+
+def test_forked_rows_with_new_keys_part(sampler, params):
+  state = sampler.fork(first(sampler, params), jnp.asarray([1, 1, 1]))
+  state = sampler.assign(state, jnp.asarray(keys(range(3))), jnp.full(3, S))
+  state = sampler.decode(params, state, spec(), 8)
+  assert len(np.unique(np.asarray(state.tokens_BS), axis=0)) == 3
+
+
+def test_prefill_needs_room(sampler, params):
+  with pytest.raises(ValueError, match='30 tokens.*24 slots'):
+    sampler.prefill(params, jnp.ones((1, 30), jnp.int32), jnp.asarray([3]), S)

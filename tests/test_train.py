@@ -1,0 +1,193 @@
+"""The loop as a whole: it learns, it resumes bit for bit, it refuses bad input before it starts."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from reasonrl import records, rewarding, train
+from reasonrl.configs import r1_zero
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def pool():
+  with rewarding.Pool(2, 5.0) as pool:
+    yield pool
+
+
+def tiny():
+  """The default experiment on an easier problem, four swaps, cut to what a test can wait for."""
+  config = r1_zero.get_config('').unlock()
+  config.mesh.data = 1
+  config.task.num_swaps = 4
+  config.task.strides = (0, 1)
+  config.task.stride_weights = (0.6, 0.4)
+  config.pretrain.steps = 400
+  config.pretrain.rows_per_batch = 16
+  config.rl.steps = 15
+  config.rl.env.max_completion_length = 16
+  config.rl.optim.learning_rate = 1e-3
+  config.rl.eval_every = 0
+  config.evaluation.num_examples = 128
+  config.evaluation.env.max_completion_length = 16
+  return config
+
+
+def rows_of(workdir, kind):
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [row for row in rows if row['kind'] == kind]
+
+
+def params_of(path):
+  with ocp.StandardCheckpointer() as checkpointer:
+    return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
+
+
+def test_reward_rises_and_the_workdir_is_complete(tmp_path, pool):
+  assert train.run(tiny(), str(tmp_path / 'run'), pool) == 0
+  evals = rows_of(tmp_path / 'run', 'eval')
+  assert [(row['phase'], row['phase_step']) for row in evals] == [
+    ('pretrain', 0),
+    ('pretrain', 400),
+    ('rl', 15),
+  ]
+  base, trained = (row['eval/sampled/accuracy'] for row in evals[1:])
+  assert base < 0.6 and trained > base + 0.2, (base, trained)
+  rl = [row for row in rows_of(tmp_path / 'run', 'train') if row['phase'] == 'rl']
+  assert np.mean([r['reward'] for r in rl[-3:]]) > np.mean([r['reward'] for r in rl[:3]]) + 0.2
+  # The sentinels, live: one function samples and trains, with the same parameters.
+  assert max(row['mismatch/max'] for row in rl) < 1e-4
+  assert all(row['unmasked_tokens'] == 0 and row['finite'] == 1 for row in rl)
+  assert all(row['reward_timeouts'] == row['reward_errors'] == 0 for row in rl)
+  names = {path.name for path in (tmp_path / 'run').iterdir()}
+  assert names >= {
+    *('config.json', 'env.json', 'metrics.jsonl', 'rollouts.jsonl'),
+    *('checkpoints', 'phases', 'tokenizer'),
+  }
+  shown = [json.loads(line) for line in (tmp_path / 'run' / 'rollouts.jsonl').open()]
+  assert {'prompt', 'completion', 'answer', 'reward', 'parts', 'advantage'} <= shown[0].keys()
+  assert train.run(tiny(), str(tmp_path / 'run'), pool) == 0  # a finished run is left alone
+  assert len(rows_of(tmp_path / 'run', 'eval')) == 3
+
+
+# ------------------------------------------------------------------------------------ kill, resume
+
+SMALL = """
+ pretrain.steps=9 pretrain.examples_per_step=16 pretrain.rows_per_batch=8 pretrain.eval_every=6
+ rl.steps=6 rl.env.prompts_per_step=4 rl.env.num_generations=4 rl.rows_per_batch=8 rl.eval_every=2
+ rl.algorithm.num_minibatches=2 rl.algorithm.beta=0.01 evaluation.num_examples=16 mesh.data=1
+ checkpoint.save_every=2 log.every=1 log.transcripts_every=1
+""".split()
+
+
+def start(workdir):
+  command = [sys.executable, '-m', 'reasonrl.main', f'--workdir={workdir}']
+  command += ['--config=configs/r1_zero.py', *(f'--config.{field}' for field in SMALL)]
+  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def until(process, condition, seconds=120):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert process.poll() is None, process.stdout.read().decode()
+    assert time.monotonic() < end, 'the run did not get there'
+    time.sleep(0.005)
+
+
+def lines(workdir):
+  path = workdir / 'metrics.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def in_phase(workdir, phase, step):
+  return any(row['phase'] == phase and row['phase_step'] >= step for row in lines(workdir))
+
+
+def finish(process):
+  out = process.communicate(timeout=240)[0].decode()
+  assert process.returncode == 0, out
+
+
+def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  finish(start(whole))
+  disturbances = (
+    (signal.SIGKILL, lambda: in_phase(killed, 'pretrain', 5)),
+    (signal.SIGKILL, lambda: (killed / 'phases' / 'pretrain').exists()),
+    (signal.SIGTERM, lambda: in_phase(killed, 'rl', 1)),
+    (signal.SIGKILL, lambda: in_phase(killed, 'rl', 3)),
+    (signal.SIGINT, lambda: in_phase(killed, 'rl', 4)),
+  )
+  for number, reached in disturbances:
+    process = start(killed)
+    until(process, reached)
+    process.send_signal(number)
+    out = process.communicate(timeout=60)[0].decode()
+    # A polite signal saves and leaves with the shell's code for it.
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), out
+  finish(start(killed))
+
+  plain = lambda workdir: [  # noqa: E731
+    {k: v for k, v in row.items() if not k.startswith('timing/')} for row in lines(workdir)
+  ]
+  assert plain(killed) == plain(whole)
+  assert (killed / 'rollouts.jsonl').read_bytes() == (whole / 'rollouts.jsonl').read_bytes()
+  for phase in ('pretrain', 'rl'):
+    ours, theirs = (params_of(run / 'phases' / phase) for run in (killed, whole))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+  'field, value, says',
+  [
+    ('rl.algorithm.name', 'gpro', "'gpro' is not one of grpo"),
+    ('task.name', 'shell', "'shell' is not one of .*shuffled_objects"),
+    ('models.policy.kind', 'mamba', "'mamba' is not one of decoder"),
+    ('rl.env.name', 'web', "'web' is not one of single_turn"),
+    ('rl.kind', 'reinforcement', "'reinforcement' is not one of .*reinforce"),
+    ('phases', ('pretrain', 'sft'), "phase 'sft' is not one of the sections .*pretrain"),
+    ('rl.init', 'sft', "rl.init='sft' is not 'previous', 'scratch'"),
+    ('rl.trains', 'critic', "'critic' is not one of the models policy"),
+    ('pretrain.loss', 'mse', "'mse' is not one of nll"),
+    ('rl.env.num_generations', 1, 'num_generations=1'),
+    ('rl.env.top_p', 0.9, 'top_p=0.9'),
+    ('rl.env.top_k', 5, 'top_k=5'),
+    ('rl.env.temperature', 0.0, 'temperature=0.0'),
+    ('rl.optim.schedule', 'step', "'step' is not one of"),
+    ('prompt.max_length', 5, 'has 11 tokens'),
+    ('prompt.template', 'alpaca', "'alpaca'"),
+    ('models.policy.max_position', 32, '32 positions'),
+    ('models.policy.activation', 'relu', "'relu' is not one of"),
+    ('evaluation.correct', 'style', "'style' is not one of the rewards"),
+    ('mesh.data', 3, 'data=3'),
+    ('rl.rows_per_batch', 3, 'rows_per_batch=3'),
+    ('models.policy.weights', 'missing.gguf', 'missing.gguf'),
+    ('rl.optim.weight_decay', ((r'scale', 0.0),), 'covered by none'),
+  ],
+)
+def test_bad_input_stops_at_start_with_one_clear_line(tmp_path, pool, field, value, says):
+  config = tiny()
+  config.mesh.data = 2
+  section = config
+  *parents, last = field.split('.')
+  for name in parents:
+    section = section[name]
+  with section.ignore_type():
+    section[last] = value
+  with pytest.raises(records.UserError, match=says) as error:
+    train.run(config, str(tmp_path / 'run'), pool)
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'run' / 'phases').exists()
