@@ -304,16 +304,16 @@ def reduce_reports(reports_and_final) -> dict[str, float]:
   `finite` is 1.0 or 0.0; `mismatch/*` is |log pi_trainer - log pi_sampler| over the scored tokens.
   """
   reports, final = sharding.fetch(reports_and_final)
-  tokens = max(sum(int(r['tokens']) for r in reports), 1)
+  tokens = sum(int(r['tokens']) for r in reports)
   out = {'loss': float(sum(np.float64(r['loss']) for r in reports)), 'tokens': float(tokens)}
   for name in reports[0]:
     if name in ('loss', 'tokens', 'mismatch'):
       continue
     values = [float(r[name]) for r in reports]
-    out[name] = max(values) if name.endswith('_max') else sum(values) / tokens
+    out[name] = max(values) if name.endswith('_max') else sum(values) / max(tokens, 1)
   if 'mismatch' in reports[0]:
     gap = np.concatenate([r['mismatch'].reshape(-1) for r in reports])
-    gap = gap[gap != -1.0] if tokens_scored else np.zeros(1)
+    gap = gap[gap != -1.0] if tokens else np.zeros(1)
     out['mismatch/mean'], out['mismatch/max'] = float(gap.mean()), float(gap.max())
     out['mismatch/p99'] = float(np.quantile(gap, 0.99))
   return out | {name: float(x) for name, x in final.items()}

@@ -38,7 +38,7 @@ import numpy as np
 from reasonrl import records
 
 MEMORY_BYTES = 2 << 30  # address space of one worker
-START_S = 60.0  # the longest that a worker may take to start
+START_S = 60.0  # the longest that a worker may take to start, or to import the rewards
 MAX_CHUNK = 64  # items sent at once
 READ_BYTES = 1 << 16
 MAX_ERROR = 2000  # characters kept of an error
@@ -60,7 +60,7 @@ class Scores:
       completion, None for a completion without; None if no reward gave any.
     timeouts: items (a completion, or a group for group rewards) stopped at the limit.
     errors: items whose reward raised, returned something else than finite scores, or crashed.
-    first_error: what the first of these said; None if errors is 0.
+    first_failure: what the first of them, timeout or error, was about; None if there was none.
   """
 
   value: np.ndarray
@@ -68,7 +68,7 @@ class Scores:
   token_values: list[np.ndarray | None] | None
   timeouts: int
   errors: int
-  first_error: str | None
+  first_failure: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,20 +138,20 @@ class Pool:
       raise ValueError('the pool is closed')
     items = _items(rewards, groups)
     try:
-      answers, timeouts, errors = self._run(rewards, examples, completions, items)
+      answers, timeouts, failures = self._run(rewards, examples, completions, items)
     except BaseException:
       self.close()  # what the workers still owe must not answer the next call
       raise
     value, parts, token_values = _assemble(rewards, items, answers, len(completions))
-    first_error = errors[0] if errors else None
-    return Scores(value, parts, token_values, timeouts, len(errors), first_error)
+    errors, first = len(failures) - timeouts, failures[0] if failures else None
+    return Scores(value, parts, token_values, timeouts, errors, first)
 
   def _run(self, rewards, examples, completions, items):
-    """Returns (one answer per item, None where it failed; timeouts; what the errors said)."""
+    """Returns (one answer per item, None where it failed; timeouts; what each failure was)."""
     functions = {name: fn for name, (fn, _) in rewards.items()}
     chunk = min(MAX_CHUNK, max(1, len(items) // (4 * len(self._workers))))
     waiting = collections.deque(range(len(items)))
-    answers, timeouts, errors = [None] * len(items), 0, []
+    answers, timeouts, failures = [None] * len(items), 0, []
 
     def dispatch(worker):
       taken = [waiting.popleft() for _ in range(min(chunk, len(waiting)))]
@@ -161,14 +161,14 @@ class Pool:
         work.append((item.name, [examples[r] for r in rows], [completions[r] for r in rows]))
       worker.send((functions, work), taken)
 
-    def give_up(worker, why) -> str:
-      """Replaces a worker; the item that it was busy with failed, the others are done again."""
+    def give_up(worker, why):
+      """Replaces a worker. The item that it was busy with has failed, the next ones wait again."""
       if not worker.ready:
-        raise RuntimeError(f'a reward worker could not start: it {why}')
+        raise RuntimeError(f'a reward worker could not start or load the rewards: it {why}')
       item = items[worker.owed.popleft()]
       waiting.extendleft(reversed(worker.owed))
+      failures.append(f'reward {item.name!r} of completions {item.rows}: its worker {why}')
       self._replace(worker)
-      return f'the worker that ran reward {item.name!r} for completions {item.rows} {why}'
 
     while waiting or any(worker.owed for worker in self._workers):
       for worker in list(self._workers):
@@ -183,20 +183,20 @@ class Pool:
         if conn in heard:
           said = worker.read()
           if said is None:
-            errors.append(give_up(worker, 'ended'))
+            give_up(worker, 'died')
           for answer in said or ():
             if 'fatal' in answer:
               raise RuntimeError(f'a reward worker cannot load the rewards: {answer["fatal"]}')
             if 'error' in answer:
-              errors.append(answer['error'])
+              failures.append(answer['error'])
             if 'ready' in answer:
               worker.ready = True
             else:
               answers[worker.owed.popleft()] = answer.get('scores')
         elif now > worker.deadline:
-          give_up(worker, 'took too long')
+          give_up(worker, f'was stopped after {self._timeout_s} s')
           timeouts += 1
-    return answers, timeouts, errors
+    return answers, timeouts, failures
 
   def _replace(self, worker):
     worker.stop()
@@ -214,14 +214,16 @@ class _Worker:
     with _without_main():
       self.process.start()
     child.close()
-    self.ready = False  # it has reported that it runs
+    self.ready = False  # it has started, or loaded what it was sent last
     self.owed = collections.deque()  # numbers of the items that it was sent, the current one first
     self.deadline = time.monotonic() + START_S
     self.unread = b''
 
   def send(self, message, numbers: Sequence[int]):
+    # Loading may import a large library, which is no item's fault.
+    self.ready = False
     self.owed.extend(numbers)
-    self.deadline = time.monotonic() + self.timeout_s
+    self.deadline = time.monotonic() + START_S
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `read` will see the end
       self.conn.send(message)
 
@@ -263,8 +265,9 @@ def _without_main():
 def _serve(conn, timeout_s: float):
   """Answers chunks of items until the parent is gone.
 
-  The parent sends pickled (functions, [(name, examples, completions), ...]) and gets one line of
-  JSON per item: {'scores': [[value, parts, token_values], ...]} or {'error': text}.
+  The parent sends pickled (functions, [(name, examples, completions), ...]). It gets lines of JSON:
+  {'ready': true} when the worker has started and when it has loaded a chunk, then one per item:
+  {'scores': [[value, parts, token_values], ...]} or {'error': text}.
   """
   # Ctrl-C and a job scheduler's SIGTERM reach the whole process group, but only the trainer may
   # decide what to do: a worker that died of them would change rewards of the last step.
@@ -273,6 +276,7 @@ def _serve(conn, timeout_s: float):
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
   if sys.platform == 'linux':  # elsewhere the limit is refused or ignored
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
     _say(conn, {'ready': True})
     while True:
@@ -281,6 +285,7 @@ def _serve(conn, timeout_s: float):
       except (ImportError, AttributeError) as error:
         _say(conn, {'fatal': str(error)})
         return
+      _say(conn, {'ready': True})
       for name, examples, completions in work:
         # The parent ends an item that takes too long. If the parent was killed meanwhile, this
         # alarm does; without a handler it kills whatever Python is busy with.
@@ -336,9 +341,9 @@ def _assemble(rewards: Rewards, items, answers, size: int):
   """(value [R], parts [R] each, token values): see Scores. A failed item has value 0."""
   parts = {name: np.full(size, np.nan, np.float32) for name in rewards}
   token_values = [None] * size
-  for item, answer in zip(items, answers):
+  for item, answer in zip(items, answers, strict=True):
     failed = [[0.0, {}, None]] * len(item.rows)
-    for row, (value, named, dense) in zip(item.rows, answer or failed):
+    for row, (value, named, dense) in zip(item.rows, answer or failed, strict=True):
       if value is not None:
         parts[item.name][row] = value
       for key, part in named.items():

@@ -96,17 +96,27 @@ def inverse_cdf(weight_BV, u_B):
   """
   B, V = weight_BV.shape
   blocks = jnp.pad(weight_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-  block_cdf = jnp.cumsum(blocks.sum(-1), axis=-1)
+  sums, take = blocks.sum(-1), jnp.take_along_axis
+  block_cdf = jnp.cumsum(sums, axis=-1)
   goal_B = u_B * block_cdf[:, -1]
-  block_B = jnp.sum(block_cdf <= goal_B[:, None], axis=-1)
-  block_B = jnp.minimum(block_B, blocks.shape[1] - 1)
-  before_B = jnp.take_along_axis(block_cdf, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0]
+  block_B = _first_above(sums, block_cdf, goal_B)
+  before_B = take(block_cdf, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0]
   goal_B = goal_B - jnp.where(block_B > 0, before_B, 0.0)
-  inside = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
-  index_B = jnp.sum(jnp.cumsum(inside, axis=-1) <= goal_B[:, None], axis=-1)
-  # Rounding may push the goal past the last positive entry: step back to it.
-  last_B = BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
-  return (block_B * BLOCK + jnp.minimum(index_B, last_B)).astype(jnp.int32)
+  inside = take(blocks, block_B[:, None, None], axis=1)[:, 0]
+  index_B = _first_above(inside, jnp.cumsum(inside, axis=-1), goal_B)
+  return (block_B * BLOCK + index_B).astype(jnp.int32)
+
+
+def _first_above(weight_BN, cdf_BN, goal_B):
+  """The first entry of positive weight whose cdf exceeds the goal, else the last of positive weight.
+
+  Rounding may put the goal just below the first interval or past the last one, and a parallel sum
+  may rise at an entry of weight 0.
+  """
+  positive = weight_BN > 0
+  above = positive & (cdf_BN > goal_B[:, None])
+  last_B = weight_BN.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
+  return jnp.where(above.any(-1), jnp.argmax(above, axis=-1), last_B)
 
 
 def keep_top_k(weight_BV, k: int):
@@ -226,7 +236,8 @@ class Sampler:
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
     may = (state.stop_B != eos) & (state.length_B < limit_B)
-    state = dataclasses.replace(state, stop_B=jnp.where(may, running, state.stop_B))
+    stop_B = jnp.where(state.stop_B == eos, eos, length)
+    state = dataclasses.replace(state, stop_B=jnp.where(may, running, stop_B))
     bias_V, form, head_VD = self.bias_V(), self.form(spec.temperature), self.model.head(params)
     rows_B, stop_ids = jnp.arange(B), jnp.asarray(spec.stop_ids, jnp.int32)
 

@@ -256,6 +256,34 @@ def check_section(config, name: str) -> None:
       )
 
 
+def check_sizes(parts: Parts, name: str) -> None:
+  """Refuses what does not fit the model, the mesh or a packed row, before the first step."""
+  section, room = parts.config[name], parts.prompter.max_length
+  make_learner(parts, section)  # the optimizer's rules must cover every parameter
+  envs = {'evaluation.env': parts.config.evaluation.env}
+  if section.kind == 'reinforce':
+    envs[f'{name}.env'] = section.env
+    need = room + section.env.max_completion_length
+    if need > section.row_length:
+      raise records.UserError(
+        f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
+        f'max_completion_length={section.env.max_completion_length}'
+      )
+  for what, env in envs.items():
+    window = types.padded(room) + env.max_completion_length
+    if window > parts.model.max_position:
+      raise records.UserError(
+        f'prompt.max_length={room} (padded to {types.padded(room)}) plus '
+        f'{what}.max_completion_length={env.max_completion_length} is more than the '
+        f'{parts.model.max_position} positions of the model'
+      )
+  if section.kind != 'evaluate' and section.rows_per_batch % sharding.row_multiple(parts.mesh):
+    raise records.UserError(
+      f'{name}.rows_per_batch={section.rows_per_batch} does not divide over data x fsdp = '
+      f'{sharding.row_multiple(parts.mesh)} devices'
+    )
+
+
 # ------------------------------------------------------------------------------------ steps
 # `STEPS[kind](parts, section, student, place, position, tally, params_of)` returns a function
 # (state, step) -> updates [(micro-batches, denominators)], metrics, transcripts, data position.
@@ -483,6 +511,8 @@ def run(config, workdir: str, pool) -> int:
     logs.Display(config.log.every, leader) as display,
   ):
     parts = wire(config, make_tokenizer(config, path), pool, stop.poll)
+    for name, _ in flat:
+      check_sizes(parts, name)
     try:
       return run_phases(parts, flat, path, store, metrics, display)
     except checkpoint.Stopped as stopped:

@@ -60,6 +60,11 @@ class Experience:
     return (self.source_BT == POLICY).astype(np.float32)
 
 
+def padded(length: int) -> int:
+  """The width that prompts of at most `length` tokens are padded to: few shapes, few programs."""
+  return length + -length % 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
   """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""

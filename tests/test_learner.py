@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 import test_policy_loss
@@ -14,7 +15,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reasonrl import learner, ops, records, sharding, types
+from reasonrl import learner, types
 
 MODEL = tiny.model()
 PARAMS = MODEL.init(jax.random.key(0))
@@ -168,30 +169,38 @@ def test_score_is_the_log_softmax_of_the_token_before():
   entropy = learner.unpack([np.asarray(o.entropy) for o in outs], seqs, place, tokens.shape)
   bias = np.zeros(MODEL.vocab_size)
   bias[[0, 4]] = -1e9
-  for i, n in enumerate(lengths):
-    ids = jnp.asarray(tokens[i : i + 1, :n])
-    hidden, _ = MODEL.hidden(PARAMS, ids, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32))
-    want = oracle.scores(hidden[0, :-1], MODEL.head(PARAMS), tokens[i, 1:n], 1.0, None, 0.7, bias)
+  hidden = jax.jit(hidden_of)(PARAMS, tokens, lengths)
+  for i in range(len(lengths)):
+    scored = np.flatnonzero(aux['weight'][i] > 0)
+    head = MODEL.head(PARAMS)
+    want = oracle.scores(hidden[i, scored - 1], head, tokens[i, scored], 1.0, None, 0.7, bias)
     for got, expected in zip((logp, entropy), want, strict=True):
-      mask = aux['weight'][i, 1:n] > 0
-      np.testing.assert_allclose(got[i, 1:n][mask], expected[mask], rtol=1e-5, atol=1e-5)
-      assert (got[i, 1:n][~mask] == 0).all()
+      np.testing.assert_allclose(got[i, scored], expected, rtol=1e-5, atol=1e-5)
+      assert (np.delete(got[i], scored) == 0).all()
+
+
+def hidden_of(params, tokens_BT, lengths):
+  """Hidden states of right-padded rows: no packing."""
+  at = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+  segments = (at < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
+  return MODEL.hidden(params, jnp.asarray(tokens_BT), at, segments)[0]
+
+
+def logp_of(params, tokens_BT, lengths):
+  """log p of tokens 1, 2, ...: through whole logits, no fused op."""
+  hidden = hidden_of(params, tokens_BT, lengths)[:, :-1]
+  logits = jnp.einsum('btd,vd->btv', hidden, MODEL.head(params), precision='highest')
+  return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens_BT[:, 1:, None], axis=2)[..., 0]
 
 
 def unpacked(tokens, lengths, aux, denominator):
-  """The same loss, row by row, by autodiff through whole logits: no packing, no fused op."""
+  """The same loss by autodiff, without packing or the fused op."""
 
   def loss(params):
-    total = 0.0
-    for i, n in enumerate(lengths):
-      ids = jnp.asarray(tokens[i : i + 1, :n])
-      hidden, _ = MODEL.hidden(params, ids, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32))
-      z = jnp.matmul(hidden[0, :-1], MODEL.head(params).T, precision='highest')
-      logp = jax.nn.log_softmax(z)[jnp.arange(n - 1), tokens[i, 1:n]]
-      row = {name: jnp.asarray(x[i, 1:n]) for name, x in aux.items()}
-      out = learner.Out(logp, jnp.zeros_like(logp))
-      total += jnp.sum(row['weight'] * GRPO.token_loss(out, row)[0])
-    return total / denominator
+    logp = logp_of(params, tokens, lengths)
+    aux_BT = {name: jnp.asarray(x[:, 1:]) for name, x in aux.items()}
+    loss_BT, _ = GRPO.token_loss(learner.Out(logp, jnp.zeros_like(logp)), aux_BT)
+    return jnp.sum(aux_BT['weight'] * loss_BT) / denominator
 
   value, grads = jax.jit(jax.value_and_grad(loss))(PARAMS)
   return float(value), jax.device_get(grads)
@@ -309,7 +318,8 @@ def test_micro_batches_accumulate_to_the_same_update():
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
   student = dataclasses.replace(STUDENT, ema_decay=0.5)
   good = packed(rows())
-  broken = [good[0], dataclasses.replace(good[1], aux={**good[1].aux, 'adv': good[1].aux['adv'] * bad})]
+  aux = {**good[1].aux, 'adv': np.full_like(good[1].aux['adv'], bad)}
+  broken = [good[0], dataclasses.replace(good[1], aux=aux)]
   state, _ = student.update(student.init(fresh()), good, (20.0,))
   kept = jax.device_get(state)
   for count in (1, 2):
@@ -368,7 +378,8 @@ def test_abstract_state_has_the_shapes_of_a_real_one():
   abstract = student.abstract()
   assert jax.tree.structure(real) == jax.tree.structure(abstract)
   for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(abstract), strict=True):
-    assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 # ------------------------------------------------------------------------------------ reports
@@ -459,48 +470,32 @@ def test_prepare_feeds_sequence_level_quantities():
   aux = {'weight': weight, 'adv': adv_B[:, None] * mask, 'old_logp': aux['old_logp']}
 
   def loss(params):
-    total = 0.0
-    for i, n in enumerate(lengths):
-      ids = jnp.asarray(tokens[i : i + 1, :n])
-      hidden, _ = MODEL.hidden(params, ids, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32))
-      z = jnp.matmul(hidden[0, :-1], MODEL.head(params).T, precision='highest')
-      logp = jax.nn.log_softmax(z)[jnp.arange(n - 1), tokens[i, 1:n]]
-      gap = jnp.where(mask[i, 1:n], logp - aux['old_logp'][i, 1:n], 0.0)
-      s = jnp.exp(gap.sum() / mask[i].sum())
-      total += -jnp.minimum(s * adv_B[i], jnp.clip(s, 0.9, 1.1) * adv_B[i])
-    return total / len(lengths)
+    gap = logp_of(params, tokens, lengths) - aux['old_logp'][:, 1:]
+    s = jnp.exp(jnp.where(mask[:, 1:], gap, 0.0).sum(1) / mask.sum(1))
+    return -jnp.minimum(s * adv_B, jnp.clip(s, 0.9, 1.1) * adv_B).mean()
 
   want_loss, want = jax.jit(jax.value_and_grad(loss))(PARAMS)
-  sgd = tiny.make_learner(MODEL, PARAMS, b1=0.0, b2=0.0, eps=1e6, max_grad_norm=1e9)
   term = learner.Term('lm', gspo, sequence_ratio)
-  student = dataclasses.replace(sgd, terms=(term,))
+  student = dataclasses.replace(STUDENT, terms=(term,), tx=optax.sgd(100.0))
   for row_length, per_batch in ((12, 2), (34, 1)):
     batches = packed((tokens, lengths, aux), row_length, per_batch)
     state, reports = student.update(student.init(fresh()), batches, (len(lengths),))
-    row = learner.reduce_reports(reports)
-    assert row['loss'] == pytest.approx(float(want_loss), rel=1e-5)
-    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(want)))
-    assert row['grad_norm'] == pytest.approx(norm, rel=1e-5)
+    assert learner.reduce_reports(reports)['loss'] == pytest.approx(float(want_loss), rel=1e-5)
+    moved = jax.tree.map(lambda old, new: np.asarray(old - new) / 100, PARAMS, state.params)
+    assert_trees_close(moved, want, 1e-5)
 
 
 # ------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize('vocab', [640, 1280])
-@pytest.mark.parametrize('row_length', [40, 80])
-def test_the_compiled_update_holds_one_chunk_of_logits(vocab, row_length):
-  """The whole program of a micro-batch, transformer and tied head included."""
+@pytest.mark.parametrize('vocab, per_batch', [(1280, 48), (2560, 24)])
+def test_the_compiled_update_holds_one_chunk_of_logits(vocab, per_batch):
+  """The whole program of a micro-batch, transformer and tied head included, and the scoring one."""
   model = tiny.model(vocab_size=vocab)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  student = dataclasses.replace(
-    tiny.make_learner(model, shapes, *STUDENT.terms), loss_chunk=16
-  )
-  data = rows(lengths=[row_length] * 8, width=row_length)
-  batches = packed(data, row_length=row_length, per_batch=8)
-  (batch,) = batches
-  M = batch.index_BM.size
-  arguments = (shapes, shapes, batch, (jnp.float32(1.0),))
-  program = learner.Learner.accumulate.lower(student, *arguments).compile()
-  test_policy_loss.check_memory(program, M, model.width, vocab, 16)
-  program = learner.Learner.score.lower(student, shapes, batch).compile()
-  test_policy_loss.check_memory(program, M, model.width, vocab, 16)
+  student = tiny.make_learner(model, shapes, *STUDENT.terms)
+  (batch,) = packed(rows([8] * per_batch, 8), row_length=8, per_batch=per_batch)
+  sizes = batch.index_BM.size, model.width, vocab, student.loss_chunk
+  run = learner.Learner.accumulate.lower(student, shapes, shapes, batch, (jnp.float32(1.0),))
+  test_policy_loss.check_memory(run.compile(), *sizes)
+  test_policy_loss.check_memory(learner.Learner.score.lower(student, shapes, batch).compile(), *sizes)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from reasonrl import records, rewarding
 from reasonrl.rewards import answer, format
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-TIMEOUT_S = 0.5
+TIMEOUT_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,9 @@ OBEY = {'obey': (Obey(), 1.0)}
 
 def score(pool, texts, rewards=OBEY, groups=None):
   groups = groups or [0] * len(texts)
-  return pool.score(rewards, [example(f'p{g}') for g in groups], list(map(completion, texts)), groups)
+  return pool.score(
+    rewards, [example(f'p{g}') for g in groups], list(map(completion, texts)), groups
+  )
 
 
 @pytest.fixture(scope='module')
@@ -115,7 +119,7 @@ def test_the_weighted_sum_leaves_out_what_does_not_apply(pool):
   np.testing.assert_array_equal(scores.parts['a/seen'], np.array([np.nan, np.nan, 1], np.float32))
   assert list(scores.parts) == ['a', 'a/half', 'a/seen', 'b', 'b/half', 'b/seen']
   assert scores.value.dtype == scores.parts['a'].dtype == np.float32
-  assert (scores.timeouts, scores.errors, scores.first_error) == (0, 0, None)
+  assert (scores.timeouts, scores.errors, scores.first_failure) == (0, 0, None)
   assert scores.token_values is None
 
 
@@ -126,7 +130,9 @@ def test_one_missing_reward_is_not_a_reward_of_zero(pool):
   rewards = {'accuracy': (accuracy, 1.0), 'r1_format': (r1_format, 0.5)}
   no_gold = dataclasses.replace(example(), answer='')
   good = completion('<think>a</think><answer>7</answer>')
-  scores = pool.score(rewards, [example(), no_gold, no_gold], [good, good, completion('7')], [0, 1, 1])
+  scores = pool.score(
+    rewards, [example(), no_gold, no_gold], [good, good, completion('7')], [0, 1, 1]
+  )
   assert scores.value.tolist() == [1.5, 0.5, 0.0]
   assert np.isnan(scores.parts['accuracy']).tolist() == [False, True, True]
 
@@ -167,7 +173,8 @@ def test_a_fault_costs_its_own_item_only(pool, fault):
   assert scores.value.tolist() == expected
   assert (scores.timeouts, scores.errors) == (0, 2)
   named = {'memory': 'MemoryError', 'raise': 'a bug in a reward', 'nan': 'not finite'}
-  assert named.get(fault, "reward 'obey' for completions (7,) ended") in scores.first_error
+  died = r"reward 'obey' of completions \((7|31),\): its worker died"
+  assert re.search(named.get(fault, died), scores.first_failure)
 
 
 def test_a_hang_is_ended_at_the_limit(pool):
@@ -175,18 +182,22 @@ def test_a_hang_is_ended_at_the_limit(pool):
   texts[0] = texts[39] = 'hang'
   start = time.monotonic()
   scores = score(pool, texts)
-  assert TIMEOUT_S <= time.monotonic() - start < 2 * TIMEOUT_S + 3
+  assert TIMEOUT_S <= time.monotonic() - start < 2 * TIMEOUT_S + 10
   assert scores.value.tolist() == [0.0, *range(1, 39), 0.0]
   assert (scores.timeouts, scores.errors) == (2, 0)
+  assert re.fullmatch(
+    r".*'obey' of completions \((0|39),\).*stopped after 1.0 s", scores.first_failure
+  )
   assert score(pool, ['4']).value.tolist() == [4.0]
 
 
 def test_the_limit_is_per_item_not_per_chunk(pool):
-  """A chunk of four items that take 60 % of the limit each."""
-  texts = [f'sleep {0.6 * TIMEOUT_S}'] * 8
-  with rewarding.Pool(workers=8, timeout_s=TIMEOUT_S) as wide:
-    assert score(wide, texts).timeouts == 0
-  assert score(pool, texts[:5]).timeouts == 0
+  """16 items go out two by two, so one chunk takes longer than the limit, but no item does."""
+  texts = [f'sleep {0.6 * TIMEOUT_S}'] * 2 + ['1'] * 14
+  start = time.monotonic()
+  scores = score(pool, texts)
+  assert time.monotonic() - start > TIMEOUT_S
+  assert scores.value.tolist() == [1.0] * 16 and scores.timeouts == 0
 
 
 def test_a_group_that_hangs_is_one_timeout(pool):
@@ -198,7 +209,7 @@ def test_a_group_that_hangs_is_one_timeout(pool):
 def test_dense_credit_of_another_length_is_an_error(pool):
   scores = score(pool, ['dense 1 2', '1'])
   assert (scores.errors, scores.token_values) == (1, None)
-  assert '2 token values for 3 tokens' in scores.first_error
+  assert '2 token values for 3 tokens' in scores.first_failure
 
 
 def test_a_worker_that_died_between_two_calls_is_nobodys_fault(pool):
@@ -239,25 +250,25 @@ def test_bad_arguments_are_refused(pool):
 
 def test_an_exception_closes_the_pool():
   with rewarding.Pool(workers=1, timeout_s=TIMEOUT_S) as pool:
-    with pytest.raises(AttributeError, match='local'):
+    with pytest.raises(pickle.PicklingError, match='Local'):
       score(pool, ['1'], rewards={'local': (type('Local', (Obey,), {})(), 1.0)})
     with pytest.raises(ValueError, match='closed'):
       score(pool, ['1'])
 
 
-def test_512_completions_with_two_rewards_take_under_100_ms(pool):
+def test_512_completions_with_two_rewards_are_quick(pool):
   rewards = {
     'accuracy': (answer.Accuracy(True, 'strict', True), 1.0),
     'r1_format': (format.R1Format(False, ''), 1.0),
   }
   completions = [completion('<think>1234</think><answer>7</answer>', 40)] * 512
   times = []
-  for _ in range(3):
+  for _ in range(5):
     start = time.perf_counter()
     scores = pool.score(rewards, [example()] * 512, completions, [i // 16 for i in range(512)])
     times.append(time.perf_counter() - start)
   assert scores.value.tolist() == [2.0] * 512
-  assert min(times) < 0.1  # measured: 0.03
+  assert min(times) < 0.2  # measured: 0.03
 
 
 # --------------------------------------------------------------------- the life of the processes
@@ -299,7 +310,7 @@ def test_a_reward_of_the_main_module_is_refused(tmp_path):
   )
   _, err = process.communicate(timeout=30)
   assert process.returncode == 1
-  assert "RuntimeError: a reward worker cannot load the rewards" in err and 'Mine' in err
+  assert 'RuntimeError: a reward worker cannot load the rewards' in err and 'Mine' in err
 
 
 def alive(pid):
@@ -316,7 +327,7 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path):
     tmp_path,
     """
     import test_rewarding as t
-    pool = t.rewarding.Pool(workers=2, timeout_s=0.5)
+    pool = t.rewarding.Pool(workers=2, timeout_s=1.0)
     while len(pids := set(t.score(pool, ['pid'] * 50).value.astype(int).tolist())) < 2:
       pass
     print(*pids, flush=True)

@@ -248,7 +248,9 @@ def test_r1_format_fields():
   assert value('r1_format', '<think>a</think><answer>7</answer>', prefill='<think>') == 0
 
 
-OPEN_R1 = re.compile(r'^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$', re.DOTALL | re.MULTILINE)
+OPEN_R1 = re.compile(
+  r'^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$', re.DOTALL | re.MULTILINE
+)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_rewards_are_plain_values(name):
 
 fragments = st.sampled_from(
   [*records.TAGS, '\\boxed{', '\\boxed', '{', '}', '\\{', '####', '\\frac', '\\frac{1}{', '\\text{']
-  + ['$', '%', ',', '.', '-', '/', '0', '1', '9', '1/0', '٣', '\n', '\r', '\x00', '\ud800', ' ', '\\']
+  + ['1/0', *'$%,.-/019٣ \n\r\x00\ud800\\']
 )
 strings = st.text() | st.lists(fragments | st.text(max_size=3), max_size=30).map(''.join)
 
@@ -332,7 +334,9 @@ def test_no_string_makes_a_reward_raise(name, text, gold, stop):
 
 N = 100_000
 ADVERSARIAL = {
-  **{piece: piece * N for piece in [*records.TAGS, '{', '}', '\\', '9', '.', '-', ' ', '٣', '####']},
+  **{
+    piece: piece * N for piece in [*records.TAGS, '{', '}', '\\', '9', '.', '-', ' ', '٣', '####']
+  },
   'open boxes': '\\boxed{' * N,
   'bare boxes': '\\boxed' * N,
   'spaced boxes': '\\boxed ' * N,

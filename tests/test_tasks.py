@@ -171,7 +171,7 @@ def test_the_mixture_has_the_stated_frequencies():
   task = make('shuffled_objects', direct_filler_probability=0.5)
   examples = [task.example('train', i) for i in range(4000)]
   strides = [e.meta['stride'] for e in examples]
-  for stride, weight in zip(SHELL['strides'], SHELL['stride_weights']):
+  for stride, weight in zip(SHELL['strides'], SHELL['stride_weights'], strict=True):
     assert abs(strides.count(stride) / 4000 - weight) < 0.03
   direct = [e for e in examples if not e.meta['stride']]
   # A guess is right one time in five: .2 + .8 / 5.
@@ -246,9 +246,8 @@ def terms(problem):
   expression = problem.removeprefix('What is ').removesuffix('?')
   expression = expression.replace('plus', '+').replace('minus', '-')
   parts = ['+', *re.split(r' ([+-]) ', expression)]
-  return [
-    number[value] if sign == '+' else -number[value] for sign, value in zip(parts[::2], parts[1::2])
-  ]
+  signed = zip(parts[::2], parts[1::2], strict=True)
+  return [number[value] if sign == '+' else -number[value] for sign, value in signed]
 
 
 def test_sums_are_right_and_their_solutions_too():
@@ -307,14 +306,14 @@ def test_admitted_data_sets_are_quick_and_have_short_answers(dataset):
   assert max(len(e.answer) for e in examples) <= 32
 
 
-PRINT_ALL = '''
+PRINT_ALL = """
 from reasonrl.tasks import reasoning_gym
 for name in reasoning_gym.DATASETS:
   task = reasoning_gym.ReasoningGym(seed=0, dataset=name, dataset_config={})
   for i in range(60):
     example = task.example('train', i)
     print(name, repr(example.problem), example.answer)
-'''
+"""
 
 
 def test_items_do_not_depend_on_the_process():
@@ -338,7 +337,9 @@ def test_a_data_set_that_is_not_admitted_lists_the_choices():
     TASKS['reasoning_gym'](seed=0, dataset='number_sequence', dataset_config={})
 
 
-@pytest.mark.parametrize('fields', [{'max_digit': 2}, {'min_digits': 3, 'max_digits': 2}, {'seed': 1}])
+@pytest.mark.parametrize(
+  'fields', [{'max_digit': 2}, {'min_digits': 3, 'max_digits': 2}, {'seed': 1}]
+)
 def test_a_bad_dataset_config_is_refused(fields):
   with pytest.raises(records.UserError, match='dataset_config=.*chain_sum'):
     make('reasoning_gym', dataset_config=fields)

@@ -79,6 +79,24 @@ def test_reward_rises_and_the_workdir_is_complete(tmp_path, pool):
   assert len(rows_of(tmp_path / 'run', 'eval')) == 3
 
 
+@pytest.mark.slow
+def test_the_same_run_on_three_meshes(tmp_path, pool):
+  """Placement changes rounding alone: the same draws, so the same curve, until rounding grows."""
+  curves = {}
+  for mesh in ((1, 1, 1), (8, 1, 1), (2, 2, 2)):
+    config = tiny()
+    config.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), mesh, strict=True)))
+    config.pretrain.steps, config.rl.steps = 20, 2
+    workdir = tmp_path / '-'.join(map(str, mesh))
+    assert train.run(config, str(workdir), pool) == 0
+    curves[mesh] = rows_of(workdir, 'train')
+  one, *others = curves.values()
+  for other in others:
+    for a, b in zip(one, other, strict=True):
+      assert abs(a['loss'] - b['loss']) < 1e-3
+      assert a['tokens'] == pytest.approx(b['tokens'], rel=0.02)
+
+
 # ------------------------------------------------------------------------------------ kill, resume
 
 SMALL = """
@@ -125,7 +143,6 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     (signal.SIGKILL, lambda: (killed / 'phases' / 'pretrain').exists()),
     (signal.SIGTERM, lambda: in_phase(killed, 'rl', 1)),
     (signal.SIGKILL, lambda: in_phase(killed, 'rl', 3)),
-    (signal.SIGINT, lambda: in_phase(killed, 'rl', 4)),
   )
   for number, reached in disturbances:
     process = start(killed)
@@ -167,12 +184,12 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     ('rl.env.top_k', 5, 'top_k=5'),
     ('rl.env.temperature', 0.0, 'temperature=0.0'),
     ('rl.optim.schedule', 'step', "'step' is not one of"),
-    ('prompt.max_length', 5, 'has 11 tokens'),
+    ('prompt.max_length', 5, 'has 7 tokens'),
     ('prompt.template', 'alpaca', "'alpaca'"),
     ('models.policy.max_position', 32, '32 positions'),
     ('models.policy.activation', 'relu', "'relu' is not one of"),
     ('evaluation.correct', 'style', "'style' is not one of the rewards"),
-    ('mesh.data', 3, 'data=3'),
+    ('mesh.data', 9, 'data=9 .* does not fit 8 devices'),
     ('rl.rows_per_batch', 3, 'rows_per_batch=3'),
     ('models.policy.weights', 'missing.gguf', 'missing.gguf'),
     ('rl.optim.weight_decay', ((r'scale', 0.0),), 'covered by none'),

@@ -11,8 +11,6 @@ import numpy as np
 
 from reasonrl import records, sharding, types
 
-WIDTH = 16  # prompts are padded to a multiple of this: few shapes, few compilations
-
 
 @dataclasses.dataclass(frozen=True)
 class SingleTurn:
@@ -31,7 +29,7 @@ class SingleTurn:
     examples, G = tools.examples(), self.num_generations
     prompts = [tools.render(example) for example in examples]
     longest = sharding.agree(max(map(len, prompts)))
-    tokens_PT = np.zeros((len(prompts), longest + -longest % WIDTH), np.int32)
+    tokens_PT = np.zeros((len(prompts), types.padded(longest)), np.int32)
     for row, prompt in zip(tokens_PT, prompts, strict=True):
       row[: len(prompt)] = prompt
     prompt_R = np.repeat(np.arange(len(prompts), dtype=np.int32), G)

@@ -123,7 +123,7 @@ def equal(gold: str, answer: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-  """1 if the completion states the gold answer, 0 if not, None if the gold answer has no normal form.
+  """1 if the completion states the gold answer, else 0; None if the gold has no normal form.
 
   Its part `extracted` says whether any answer was found (arXiv 2501.12948, accuracy reward).
   """

@@ -70,7 +70,7 @@ class OpenR1Format:
 
 @dataclasses.dataclass(frozen=True)
 class TagCount:
-  """open-r1's tag count: 0.25 for each of the four tags that occurs exactly once on its own line."""
+  """open-r1's tag count: 0.25 for each of the four tags that stands exactly once on its line."""
 
   group: ClassVar[bool] = False
 

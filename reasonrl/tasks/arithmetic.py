@@ -94,10 +94,10 @@ class Arithmetic:
     form = choose(self.forms)
     said = [words(value) if form == 'words' else str(value) for value in values]
     question = said[0]
-    for operation, term in zip(operations, said[1:]):
+    for operation, term in zip(operations, said[1:], strict=True):
       question += f' {OPERATIONS[operation] if form == "words" else operation} {term}'
     steps, total = [], values[0]
-    for operation, value in zip(operations, values[1:]):
+    for operation, value in zip(operations, values[1:], strict=True):
       before, total = total, total + value if operation == '+' else total - value
       steps.append(f'{before} {operation} {value} = {total}')
     return records.Example(
@@ -113,5 +113,5 @@ class Arithmetic:
 
 def _canonical(problem: tuple[list[int], list[str]]) -> str:
   values, operations = problem
-  signed = (-v if sign == '-' else v for sign, v in zip(['+', *operations], values))
+  signed = (-v if sign == '-' else v for sign, v in zip(['+', *operations], values, strict=True))
   return ' '.join(str(term) for term in sorted(signed))

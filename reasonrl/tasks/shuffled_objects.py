@@ -63,13 +63,15 @@ class ShuffledObjects:
     for name in ('error', 'direct_known', 'direct_filler', 'trace_filler'):
       value = getattr(self, f'{name}_probability')
       if not 0 <= value <= 1 or ('filler' in name and value == 1):
-        raise records.UserError(f'{name}_probability={value} is not a probability (fillers: below 1)')
+        raise records.UserError(
+          f'{name}_probability={value} is not a probability (fillers: below 1)'
+        )
     for split in splits.SPLITS:
       self.example(split, 0)
 
   @property
   def symbols(self) -> tuple[str, ...]:
-    """The tags and the swaps; cups, '?' and '.' are single characters of a split-digit tokenizer."""
+    """The tags and the swaps. Cups, '?' and '.' are single characters: digits must be split."""
     return (*records.TAGS, *self._swaps)
 
   @functools.cached_property
@@ -112,7 +114,7 @@ class ShuffledObjects:
     )
 
   def _stride(self, u: float) -> int:
-    for stride, weight in zip(self.strides, self.stride_weights):
+    for stride, weight in zip(self.strides, self.stride_weights, strict=True):
       u -= weight
       if u < 0:
         return stride
