@@ -200,7 +200,7 @@ def supervised(learning_rate: float) -> ConfigDict:
       'loss': 'nll',
       'examples_per_step': 128,
       'row_length': 128,  # tokens of a packed row
-      'rows_per_batch': 32,  # packed rows of a micro-batch
+      'rows_per_batch': 8,  # packed rows of a micro-batch: few enough to stay in a CPU's cache
       'eval_every': 0,  # steps; 0 = only at the end
       'optim': optim(learning_rate),
     }
@@ -220,7 +220,7 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       'algorithm': algorithm(preset),
       'max_generation_batches': 1,  # rollouts per step while the algorithm keeps too few groups
       'row_length': 128,
-      'rows_per_batch': 64,
+      'rows_per_batch': 8,
       'eval_every': 20,
       'optim': optim(learning_rate),
     }

@@ -91,7 +91,6 @@ def smollm2():
   config.rl.env.num_generations = 8
   config.rl.env.max_completion_length = 32
   config.rl.row_length = 256
-  config.rl.rows_per_batch = 8
   config.rl.eval_every = 0
 
   config.evaluation = common.evaluation()

@@ -47,7 +47,7 @@ def paired_gain(before, after) -> tuple[float, float, float]:
 
 
 def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int:
-  """Whole tokens between <think> and </think>, or to the end if it is not closed; 0 without <think>.
+  """Whole tokens between <think> and </think>, or to the end if that is missing; 0 without <think>.
 
   Counted on the sampled ids: the first ids whose decoded text reaches a character, by bisection.
   """
@@ -70,9 +70,9 @@ def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int
       low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
-  # Up to the token that starts the closing tag: bytes of a broken character would already reach `end`.
+  # Up to the token that starts the closing tag: a character's first byte already counts as one.
   stop = len(ids) if end < 0 else reach(end + 1) - 1
-  return max(stop - reach(start), 0)  # one token may hold the end of one tag and the start of the next
+  return max(stop - reach(start), 0)  # a single token may end one tag and start the other
 
 
 def summary(experience: types.Experience, tokenizer, prefill: str) -> dict[str, float]:

@@ -96,13 +96,13 @@ def inverse_cdf(weight_BV, u_B):
   """
   B, V = weight_BV.shape
   blocks = jnp.pad(weight_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-  sums, take = blocks.sum(-1), jnp.take_along_axis
+  sums = blocks.sum(-1)
   block_cdf = jnp.cumsum(sums, axis=-1)
   goal_B = u_B * block_cdf[:, -1]
   block_B = _first_above(sums, block_cdf, goal_B)
-  before_B = take(block_cdf, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0]
+  before_B = jnp.take_along_axis(block_cdf, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0]
   goal_B = goal_B - jnp.where(block_B > 0, before_B, 0.0)
-  inside = take(blocks, block_B[:, None, None], axis=1)[:, 0]
+  inside = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
   index_B = _first_above(inside, jnp.cumsum(inside, axis=-1), goal_B)
   return (block_B * BLOCK + index_B).astype(jnp.int32)
 
@@ -113,7 +113,7 @@ def _first_above(weight_BN, cdf_BN, goal_B):
   Rounding may put the goal just below the first interval or past the last one, and a parallel sum
   may rise at an entry of weight 0.
   """
-  positive = weight_BN > 0
+  positive = ~(weight_BN <= 0)  # NaN included: even then the result is an entry, not padding
   above = positive & (cdf_BN > goal_B[:, None])
   last_B = weight_BN.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
   return jnp.where(above.any(-1), jnp.argmax(above, axis=-1), last_B)

@@ -32,7 +32,8 @@ def advantages(rewards, groups, scale, ddof, eps):
   """One advantage per rollout; a NaN reward is absent from its group and gets 0."""
   out = []
   for r, g in zip(rewards, groups, strict=True):
-    members = [float(x) for x, other in zip(rewards, groups) if other == g and not math.isnan(x)]
+    group = [float(x) for x, other in zip(rewards, groups, strict=True) if other == g]
+    members = [x for x in group if not math.isnan(x)]
     if math.isnan(r) or len(members) < 2:
       out.append(0.0)
       continue
@@ -45,47 +46,44 @@ def advantages(rewards, groups, scale, ddof, eps):
   return out
 
 
-def grpo(settings, rows, rewards, groups):
+def grpo(cfg, rows, rewards, groups):
   """The GRPO objective as a loss (-J), and its metrics.
 
   Args:
-    settings: an `algorithms.grpo.GRPO`, read as plain data.
+    cfg: an `algorithms.grpo.GRPO`, read as plain data.
     rows: one rollout each: dict with 'stop' and, per trained token, 'logp', 'old_logp', 'ref_logp'.
+      On the first pass over fresh samples old_logp is logp, held fixed.
     rewards: one per row.
     groups: one id per row.
 
   Returns:
     loss, {'kl', 'clip_ratio/low', 'clip_ratio/high'}: means over trained tokens.
   """
-  cfg = settings
   high = cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high
   adv = advantages(rewards, groups, cfg.scale_rewards, cfg.std_ddof, cfg.advantage_eps)
-  kept = [
-    i
-    for i, row in enumerate(rows)
-    if not (cfg.mask_truncated_completions and row['stop'] == LENGTH)
-  ]
-  on_policy = cfg.num_iterations * cfg.num_minibatches == 1
-  total, tokens, metrics = 0.0, 0, {'kl': 0.0, 'clip_ratio/low': 0, 'clip_ratio/high': 0}
-  for i in kept:
+  total, tokens, kept = 0.0, 0, 0
+  metrics = {'kl': 0.0, 'clip_ratio/low': 0, 'clip_ratio/high': 0}
+  for A, row in zip(adv, rows, strict=True):
+    if cfg.mask_truncated_completions and row['stop'] == LENGTH:
+      continue
+    kept += 1
     row_loss = 0.0
-    for logp, old, ref in zip(rows[i]['logp'], rows[i]['old_logp'], rows[i]['ref_logp']):
-      ratio = math.exp(logp - (rows[i]['detached'].pop(0) if on_policy else old))
+    for logp, old, ref in zip(row['logp'], row['old_logp'], row['ref_logp'], strict=True):
+      ratio = math.exp(logp - old)
       clipped = min(max(ratio, 1 - cfg.epsilon), 1 + high)
-      loss = -min(ratio * adv[i], clipped * adv[i])
       k3 = math.exp(ref - logp) - (ref - logp) - 1
-      row_loss += loss + cfg.beta * k3
+      row_loss += -min(ratio * A, clipped * A) + cfg.beta * k3
       tokens += 1
       metrics['kl'] += k3
-      metrics['clip_ratio/low'] += ratio < 1 - cfg.epsilon and adv[i] < 0
-      metrics['clip_ratio/high'] += ratio > 1 + high and adv[i] > 0
+      metrics['clip_ratio/low'] += ratio < 1 - cfg.epsilon and A < 0
+      metrics['clip_ratio/high'] += ratio > 1 + high and A > 0
     if cfg.loss_agg == 'seq_mean_token_mean':
-      row_loss /= len(rows[i]['logp'])
+      row_loss /= len(row['logp'])
     total += row_loss
   denominator = {
     'token_mean': tokens,
-    'seq_mean_token_mean': len(kept),
-    'token_sum_const': len(kept) * cfg.loss_constant,
+    'seq_mean_token_mean': kept,
+    'token_sum_const': kept * cfg.loss_constant,
   }[cfg.loss_agg]
   return total / denominator, {name: x / tokens for name, x in metrics.items()}
 

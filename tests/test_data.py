@@ -68,7 +68,8 @@ def test_processes_share_a_batch_without_overlap(monkeypatch):
   for process in range(2):
     monkeypatch.setattr(data.jax, 'process_index', lambda: process)  # noqa: B023
     halves.append(indices(data.Stream(Counting(), 'train', 4, 5), 2))
-  assert [sorted(a + b) for a, b in zip(*halves)] == [[20, 21, 22, 23], [24, 25, 26, 27]]
+  both = [sorted(a + b) for a, b in zip(*halves, strict=True)]
+  assert both == [[20, 21, 22, 23], [24, 25, 26, 27]]
   with pytest.raises(records.UserError, match='batch of 3 examples does not divide over 2'):
     data.Stream(Counting(), 'train', 3, 0)
 
@@ -87,7 +88,7 @@ def test_loss_starts_at_the_prompts_end_and_includes_eos():
 
 def test_a_row_may_be_exactly_full():
   assert supervised([5, 6, 7], 'abc', row_length=7).tokens_L.size == 7
-  with pytest.raises(records.UserError, match='counting example 7 has 7 tokens, more than row_length=6'):
+  with pytest.raises(records.UserError, match='example 7 has 7 tokens, more than row_length=6'):
     supervised([5, 6, 7], 'abc', row_length=6)
 
 

@@ -103,7 +103,7 @@ def test_think_tokens_counts_ids_not_characters():
   pieces = [0, 1, 2, 4, 4, 6, 5, 1, 2]  # < think > bc bc ' d' </ think >
   assert think_tokens(Pieces(), pieces) == 3
   assert think_tokens(Pieces(), [0, 1, 7, 1, 2]) == 0  # < think ></ think >
-  assert think_tokens(Pieces(), [0, 1, 8, 3, 9, 1, 2]) == 1  # < think >bc a bc</ think >: whole ones
+  assert think_tokens(Pieces(), [0, 1, 8, 3, 9, 1, 2]) == 1  # < think >bc a bc</ think >
   assert think_tokens(BYTES, BYTES.encode('<think>é✓</think>')) == 5  # bytes of two characters
   assert think_tokens(BYTES, BYTES.encode('é✓<think>é✓</think>✓')) == 5
 
@@ -137,9 +137,7 @@ def sample(rewards=(1.0, 0.0, 0.5, 0.5), lengths=(1, 3, 2, 2)):
   found = tiny.experience(list(rewards), [0, 0, 1, 1], list(lengths))
   cut = dataclasses.replace(found.completions[1], stop=records.Stop.LENGTH, text='<think>xx')
   cut = dataclasses.replace(cut, token_ids=tuple(BYTES.encode('<think>xx')))
-  return dataclasses.replace(
-    found, completions=(found.completions[0], cut, *found.completions[2:])
-  )
+  return dataclasses.replace(found, completions=(found.completions[0], cut, *found.completions[2:]))
 
 
 def test_summary_by_hand():
@@ -171,9 +169,8 @@ def test_summary_counts_sampled_tokens_outside_the_mask():
   found = sample()
   source = found.source_BT.copy()
   source[1, 3] = types.ENVIRONMENT
-  assert evaluation.summary(dataclasses.replace(found, source_BT=source), BYTES, '')[
-    'unmasked_tokens'
-  ] == 1.0
+  changed = dataclasses.replace(found, source_BT=source)
+  assert evaluation.summary(changed, BYTES, '')['unmasked_tokens'] == 1.0
 
 
 def test_transcripts_pair_rows_with_their_rollouts():

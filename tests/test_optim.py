@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +56,9 @@ def flat(tree):
   ],
 )
 def test_schedule_by_hand(name, warmup, want):
-  cfg = tiny.optimizer(
-    learning_rate=3e-4, schedule=name, warmup_steps=warmup, final_fraction=0.2
-  )
-  at = optim.schedule(cfg, 6)
-  np.testing.assert_allclose([float(at(step)) for step in range(7)], 3e-4 * np.array(want), rtol=1e-5)
+  cfg = tiny.optimizer(learning_rate=3e-4, schedule=name, warmup_steps=warmup, final_fraction=0.2)
+  got = [float(optim.schedule(cfg, 6)(step)) for step in range(7)]
+  np.testing.assert_allclose(got, 3e-4 * np.array(want), rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', optim.SCHEDULES)
@@ -81,7 +80,7 @@ def test_the_chain_follows_the_schedule():
     learning_rate=0.1, schedule='linear', warmup_steps=2, final_fraction=0.0, eps=0.0
   )
   params = [run(cfg, steps=n)[0]['o']['weight'] for n in range(5)]
-  moves = [float((a - b)[0, 0]) for a, b in zip(params, params[1:])]
+  moves = [float((a - b)[0, 0]) for a, b in itertools.pairwise(params)]
   np.testing.assert_allclose(moves, [0.05, 0.1, 0.1, 0.05], rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The fused loss against its materialised twin and a float64 oracle; and what it keeps in memory."""
+"""The fused loss against its materialised twin and a float64 oracle; what it keeps in memory."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_gradients_equal_differences_of_the_float64_oracle():
 
 
 def test_entropy_gradient_by_hand():
-  """Two words, p = (1/4, 3/4): H = .562335, dH/dz = (p0 p1 log 3, -p0 p1 log 3) = (.205990, -...)."""
+  """Two words, p = (1/4, 3/4): H = .562335, dH/dz = (p0 p1 log 3, -p0 p1 log 3) = +-.205990."""
   head = jnp.array([[0.0], [math.log(3.0)]])
   args = (jnp.ones((1, 1)), head, jnp.zeros(2), jnp.array([0]), {})
   only_entropy = lambda logp, entropy, aux: (entropy, {})  # noqa: E731

@@ -32,7 +32,6 @@ def tiny():
   config.task.strides = (0, 1)
   config.task.stride_weights = (0.6, 0.4)
   config.pretrain.steps = 400
-  config.pretrain.rows_per_batch = 16
   config.rl.steps = 15
   config.rl.env.max_completion_length = 16
   config.rl.optim.learning_rate = 1e-3
@@ -100,8 +99,8 @@ def test_the_same_run_on_three_meshes(tmp_path, pool):
 # ------------------------------------------------------------------------------------ kill, resume
 
 SMALL = """
- pretrain.steps=9 pretrain.examples_per_step=16 pretrain.rows_per_batch=8 pretrain.eval_every=6
- rl.steps=6 rl.env.prompts_per_step=4 rl.env.num_generations=4 rl.rows_per_batch=8 rl.eval_every=2
+ pretrain.steps=9 pretrain.examples_per_step=16 pretrain.eval_every=6
+ rl.steps=6 rl.env.prompts_per_step=4 rl.env.num_generations=4 rl.eval_every=2
  rl.algorithm.num_minibatches=2 rl.algorithm.beta=0.01 evaluation.num_examples=16 mesh.data=1
  checkpoint.save_every=2 log.every=1 log.transcripts_every=1
 """.split()

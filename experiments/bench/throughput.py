@@ -72,7 +72,7 @@ def main(_) -> None:
     middle = time.perf_counter()
     weight = (out.source_RS == types.POLICY).astype(np.float32)
     seqs = learner.sequences(out.tokens_RS, out.length_R, {'weight': weight})
-    batches, _ = learner.pack(seqs, row_length, 8 if large else 64, 1)
+    batches, _ = learner.pack(seqs, row_length, 8, 1)
     state, reports = student.update(state, batches, (weight.sum(),))
     learner.reduce_reports(reports)
     end = time.perf_counter()
