@@ -18,7 +18,7 @@ def base(name: str) -> ConfigDict:
       'models': {},  # name -> model(...)
       'loss_chunk': 512,  # scored tokens whose logits exist at a time
       'max_skipped': 5,  # consecutive steps that are not finite before the run stops
-      'rewarding': {'workers': 2, 'timeout_s': 1.0},  # processes; wall seconds per completion
+      'rewarding': {'workers': 2, 'timeout_s': 10.0},  # processes; wall seconds per completion
       # s: SIGTERM to exit at the latest; keep_every 0: only the newest are kept
       'checkpoint': {'save_every': 20, 'keep_last': 2, 'keep_every': 0, 'grace_s': 20.0},
       'log': {'every': 10, 'transcripts_every': 10, 'transcripts': 4},  # steps, steps, rollouts
@@ -160,9 +160,9 @@ def rewards(**weights: float) -> ConfigDict:
       'extraction': 'strict',  # boxed, answer tag or ####; 'lenient': else the last number
       'require_stop': False,  # True: a completion cut off at its cap earns 0
     },
-    'r1_format': {'allow_empty_think': False, 'prefill': ''},
-    'open_r1_format': {'prefill': ''},
-    'tag_count': {'prefill': ''},
+    'r1_format': {'allow_empty_think': False},
+    'open_r1_format': {},
+    'tag_count': {},
   }
   return ConfigDict({name: {'weight': w, **fields[name]} for name, w in weights.items()})
 
@@ -214,7 +214,8 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       'kind': 'reinforce',
       'trains': 'policy',
       'init': 'previous',
-      'ref_init': 'previous',  # the frozen reference, where the algorithm needs one
+      # role -> model and source of its frozen parameters; loaded where the algorithm needs the role
+      'reads': {'ref': {'model': 'policy', 'init': 'previous'}},
       'steps': 100,
       'env': single_turn(),
       'algorithm': algorithm(preset),

@@ -122,57 +122,64 @@ def _environment(devices: Sequence[str]) -> dict[str, Any]:
   }
 
 
-def open_workdir(
-  workdir: str, config: Any, devices: Sequence[str], may_differ: Sequence[str], writes: bool
-) -> pathlib.Path:
-  """Creates a run's folder, or opens it again to resume; returns its absolute path.
-
-  Writes config.json, and env.json with one entry for each start of the run.
+def check_workdir(workdir: str, config: Any, may_differ: Sequence[str]) -> pathlib.Path:
+  """The absolute path of a folder that this config may run in; changes nothing.
 
   Args:
-    workdir: a local folder.
+    workdir: a local folder, new or a run's.
     config: the run's ConfigDict.
-    devices: what the run computes on, in words.
     may_differ: config fields or sections, in dotted form, in which a resumed run may differ from
       the first start because they change no result ('mesh', 'rewarding').
-    writes: whether this process is the one that writes files; the others only get the path.
 
   Raises:
-    UserError: the folder holds a run of another config (names the fields) or is not a workdir, or
-      it cannot be written. A run that has written no row yet has nothing to lose: it may change.
+    UserError: the folder holds a run of another config (names the fields) or is not a workdir. A
+      run that has written no row yet has nothing to lose: its config may change.
   """
   if '://' in workdir:
     raise records.UserError(f'workdir {workdir!r} is not a local path; mount it and name the mount')
   path = pathlib.Path(workdir).expanduser().absolute()
-  if not writes:
-    return path
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    now, file = _plain(config.to_dict()), path / 'config.json'
-    if file.exists():
-      differences = config_differences(json.loads(file.read_text(encoding='utf-8')), now)
-      refused = [
-        f'{field}: {values}'
-        for field, values in differences.items()
-        if not any(f'{field}.'.startswith(f'{free}.') for free in may_differ)
-      ]
-      began = any((path / name).stat().st_size for name in START if (path / name).exists())
-      if refused and began:  # before its first row a run has nothing to lose
-        raise records.UserError(
-          f'workdir {workdir} belongs to another config; use a new --workdir, or put back:\n  '
-          + '\n  '.join(refused)
-        )
-    elif any(entry.suffix != '.tmp' for entry in path.iterdir()):  # .tmp: killed at the first write
+  file = path / 'config.json'
+  if file.exists():
+    old = json.loads(file.read_text(encoding='utf-8'))
+    refused = [
+      f'{field}: {values}'
+      for field, values in config_differences(old, _plain(config.to_dict())).items()
+      if not any(f'{field}.'.startswith(f'{free}.') for free in may_differ)
+    ]
+    if refused and any((path / name).exists() and (path / name).stat().st_size for name in START):
+      raise records.UserError(
+        f'workdir {workdir} belongs to another config; use a new --workdir, or put back:\n  '
+        + '\n  '.join(refused)
+      )
+  elif path.exists():
+    if not path.is_dir() or any(entry.suffix != '.tmp' for entry in path.iterdir()):
       raise records.UserError(
         f'workdir {workdir} is neither empty nor a run (it has no config.json)'
       )
-    _write_json(file, now)
+  return path
+
+
+def open_workdir(path: pathlib.Path, config: Any, devices: Sequence[str]) -> None:
+  """Creates a run's folder, or opens it again to resume.
+
+  Writes config.json, and env.json with one entry for each start of the run.
+
+  Args:
+    path: from `check_workdir`.
+    config: the run's ConfigDict.
+    devices: what the run computes on, in words.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    _write_json(path / 'config.json', _plain(config.to_dict()))
     starts = path / 'env.json'
     earlier = json.loads(starts.read_text(encoding='utf-8')) if starts.exists() else []
     _write_json(starts, [*earlier, _environment(devices)])
   except OSError as e:
-    raise records.UserError(f'cannot write to workdir {workdir}: {e.strerror}') from e
-  return path
+    raise records.UserError(f'cannot write to workdir {path}: {e.strerror}') from e
 
 
 # ------------------------------------------------------------------------------------ metrics

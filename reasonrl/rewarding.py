@@ -194,7 +194,7 @@ class Pool:
             else:
               answers[worker.owed.popleft()] = answer.get('scores')
         elif now > worker.deadline:
-          give_up(worker, f'was stopped after {self._timeout_s} s')
+          give_up(worker, 'took too long')
           timeouts += 1
     return answers, timeouts, failures
 

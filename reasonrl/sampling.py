@@ -108,7 +108,7 @@ def inverse_cdf(weight_BV, u_B):
 
 
 def _first_above(weight_BN, cdf_BN, goal_B):
-  """The first entry of positive weight whose cdf exceeds the goal, else the last of positive weight.
+  """The first entry of positive weight whose cdf exceeds the goal, else the last such weight.
 
   Rounding may put the goal just below the first interval or past the last one, and a parallel sum
   may rise at an entry of weight 0.
@@ -330,7 +330,9 @@ class Sampler:
       state = self.decode(params, state, spec, int(requests.max_new_R.max()))
       rows = (state.tokens_BS, state.length_B, state.source_BS, state.logp_BS, state.stop_B)
       out.append([x[: wave.size] for x in sharding.fetch_rows(rows)])
-    tokens_RS, length_R, source_RS, logp_RS, stop_R = (np.concatenate(x) for x in zip(*out, strict=True))
+    tokens_RS, length_R, source_RS, logp_RS, stop_R = (
+      np.concatenate(x) for x in zip(*out, strict=True)
+    )
     prompt_length_R = requests.length_P[requests.prompt_R]
     return types.Samples(tokens_RS, prompt_length_R, length_R, source_RS, logp_RS, stop_R)
 

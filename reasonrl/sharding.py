@@ -63,7 +63,14 @@ def match(path: str, rules, what: str):
 
 
 def param_specs(params, rules, mesh: Mesh):
-  """PartitionSpec for every leaf; an axis that does not divide a dimension is left out there."""
+  """PartitionSpec for every leaf; an axis that does not divide a dimension is left out there.
+
+  An entry of a rule is None, a mesh axis or a tuple of mesh axes.
+  """
+
+  def divides(axes, n):
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    return n % math.prod(mesh.shape[a] for a in axes) == 0
 
   def spec(key_path, leaf):
     if leaf.ndim == 0:  # counters of an optimizer or train state
@@ -73,7 +80,7 @@ def param_specs(params, rules, mesh: Mesh):
       raise records.UserError(
         f'sharding rules: {axes} has more axes than {path_of(key_path)} of shape {leaf.shape}'
       )
-    fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape, strict=False)]
+    fits = [a if a and divides(a, n) else None for a, n in zip(axes, leaf.shape, strict=False)]
     return PartitionSpec(*fits)
 
   return jax.tree_util.tree_map_with_path(spec, params)

@@ -1,6 +1,6 @@
 """THE loop. `run(config, workdir, pool)` reads top to bottom:
 
-1. wire: look every name of the config up in its table, once, and build the parts;
+1. wire: every name of the config is looked up in its table, once (`wiring` builds and checks);
 2. workdir: new, or resumed from its newest checkpoint (position, data, parameters, log offsets);
 3. for each phase, for each step: evaluate if due; make this step's batches (from worked solutions,
    or by rolling out the policy and assigning credit); update; log the step before; save if due;
@@ -28,270 +28,38 @@ from reasonrl import (
   evaluation,
   learner,
   logs,
-  optim,
-  prompts,
   records,
-  sampling,
   sharding,
-  tokenizers,
   types,
+  wiring,
 )
 from reasonrl.algorithms import ALGORITHMS
 from reasonrl.envs import ENVS
-from reasonrl.models import MODELS, gguf
+from reasonrl.models import MODELS
 from reasonrl.rewards import REWARDS
 from reasonrl.tasks import TASKS
 
-LOSSES = {'nll': learner.nll}
-# Fields in which a resumed run may differ from the run it continues: they change no result.
+TABLES = {
+  'task': TASKS,
+  'reward': REWARDS,
+  'env': ENVS,
+  'algorithm': ALGORITHMS,
+  'model': MODELS,
+}
+# Fields in which a resumed run may differ from the run it continues: they change no result, the
+# mesh beyond rounding.
 MAY_DIFFER = ('mesh', 'rewarding', 'log', 'checkpoint', 'compilation_cache')
 
 
-# ------------------------------------------------------------------------------------ wiring
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-  """What the config names, built."""
-
-  config: object
-  mesh: object
-  task: object
-  tokenizer: object
-  prompter: prompts.Prompter
-  model: object
-  sampler: sampling.Sampler
-  rewards: dict
-  pool: object
-  poll: object
-
-
-def lookup(table: dict, name: str, what: str):
-  """table[name]; an unknown name lists the choices."""
-  if name not in table:
-    raise records.UserError(f'{what}={name!r} is not one of {", ".join(sorted(table))}')
-  return table[name]
-
-
-def build(cls, section, *without: str):
-  """cls(**section), leaving out the fields that are not the member's own ('name', ...)."""
-  fields = {k: v for k, v in section.to_dict().items() if k not in without}
-  known = {f.name for f in dataclasses.fields(cls)}
-  if fields.keys() != known:
-    wrong = ', '.join(sorted(fields.keys() ^ known))
-    raise records.UserError(f'{cls.__name__} takes {sorted(known)}; unknown or missing: {wrong}')
-  return cls(**fields)
-
-
-def wire(config, tokenizer, pool, poll) -> Parts:
-  """Every table lookup of the run. Bad names and values stop here, before anything is computed."""
-  mesh = sharding.make_mesh(**config.mesh)
-  task = build(lookup(TASKS, config.task.name, 'task.name'), config.task, 'name')
-  prompter = prompts.Prompter(**config.prompt)
-  for name in config.models:
-    lookup(MODELS, config.models[name].kind, f'models.{name}.kind')
-  section = config.models.policy.copy_and_resolve_references()
-  section.vocab_size = section.vocab_size or tokenizer.vocab_size
-  model = build(MODELS[section.kind], section, 'kind', 'weights')
-  if tokenizer.vocab_size > model.vocab_size:
-    raise records.UserError(
-      f'models.policy.vocab_size={model.vocab_size} is smaller than the tokenizer, '
-      f'{tokenizer.vocab_size} tokens'
-    )
-  forbidden = set(tokenizer.control_ids) - set(tokenizer.eos_ids)
-  forbidden |= set(range(tokenizer.vocab_size, model.vocab_size))
-  rewards = {
-    name: (build(lookup(REWARDS, name, 'rewards'), fields, 'weight'), fields.weight)
-    for name, fields in config.rewards.items()
-  }
-  if config.evaluation.correct not in rewards:
-    raise records.UserError(
-      f'evaluation.correct={config.evaluation.correct!r} is not one of the rewards: '
-      f'{", ".join(sorted(rewards))}'
-    )
-  sampler = sampling.Sampler(model, mesh, tuple(sorted(forbidden)))
-  return Parts(
-    config, mesh, task, tokenizer, prompter, model, sampler, rewards, pool, poll
-  )
-
-
-def positions(config) -> list[tuple[str, int]]:
-  """config.phases flattened to (name, iteration); a loop is a tuple ending in its repetitions."""
-  flat = []
-  for entry in config.phases:
-    names, times = ((entry,), 1) if isinstance(entry, str) else (entry[:-1], entry[-1])
-    flat += [(name, iteration) for iteration in range(times) for name in names]
-  for name, _ in flat:
-    if name not in config or not hasattr(config[name], 'kind'):
-      sections = [k for k, v in config.items() if hasattr(v, 'kind')]
-      raise records.UserError(f'phase {name!r} is not one of the sections {", ".join(sections)}')
-    if config[name].kind not in STEPS:
-      raise records.UserError(f'{name}.kind={config[name].kind!r} is not one of {tuple(STEPS)}')
-  return flat
-
-
-def make_tokenizer(config, workdir: pathlib.Path):
-  """The workdir's tokenizer; made from the config (and the task's corpus) on the first start."""
-  saved = workdir / 'tokenizer'
-  if not saved.exists():
-    cfg = config.tokenizer
-    task = build(lookup(TASKS, config.task.name, 'task.name'), config.task, 'name')
-    examples = (task.example('train', i) for i in range(cfg.corpus_examples))
-    texts = (text for e in examples for text in (e.problem, e.solution or ''))
-    tokenizer = tokenizers.build(
-      cfg.kind, cfg.path, cfg.vocab_size, cfg.model_type, cfg.byte_fallback, texts, task.symbols
-    )
-    if jax.process_index() == 0:  # a kill leaves the whole folder or none
-      tokenizer.save(saved.with_suffix('.tmp'))
-      saved.with_suffix('.tmp').rename(saved)
-    return tokenizer
-  return tokenizers.load(saved)
-
-
-def make_tools(parts: Parts, examples, purpose: str, place, scorer, tally) -> types.Tools:
-  """The tools of an environment; `place` is (phase, iteration), part of every random key."""
-
-  def generate(params, requests, spec, slots):
-    start = time.monotonic()
-    out = parts.sampler.generate(params, requests, spec, slots, parts.poll)
-    tally['timing/sample_s'] += time.monotonic() - start
-    return out
-
-  def reward(examples, completions, groups):
-    start = time.monotonic()
-    out = parts.pool.score(parts.rewards, examples, completions, groups)
-    tally['timing/reward_s'] += time.monotonic() - start
-    tally['reward_timeouts'] += out.timeouts
-    tally['reward_errors'] += out.errors
-    parts.poll()
-    return out
-
-  def row_keys(step, prompt_R, sample_R, thread_R):
-    return sampling.row_keys(
-      parts.config.seed, purpose, *place, step, prompt_R, sample_R, thread_R
-    )
-
-  return types.Tools(
-    tokenizer=parts.tokenizer,
-    prefill=parts.prompter.prefill,
-    examples=examples,
-    render=lambda example: parts.prompter.render(parts.tokenizer, example),
-    row_keys=row_keys,
-    generate=generate,
-    score=scorer,
-    reward=reward,
-  )
-
-
-def start_params(parts: Parts):
-  """The policy's own start: the weights its config names, or random ones; placed on the mesh."""
-  target = abstract_params(parts)
-  weights = parts.config.models.policy.weights
-  if not weights:
-    key = jax.random.key(parts.config.seed, impl='threefry2x32')
-    return jax.jit(parts.model.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(key)
-  found, params = gguf.read(weights)
-  for name, value in found.items():
-    if getattr(parts.model, name) != value:
-      raise records.UserError(
-        f'models.policy.{name}={getattr(parts.model, name)}, but {weights!r} has {value}'
-      )
-  return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, target)
-
-
-def abstract_params(parts: Parts):
-  """Shapes, dtypes and shardings of the policy's parameters."""
-  shapes = jax.eval_shape(parts.model.init, jax.random.key(0))
-  return sharding.abstract(shapes, parts.model.sharding_rules, parts.mesh)
-
-
-def init_params(parts: Parts, source: str, flat, index: int, workdir: pathlib.Path):
-  """Parameters from `source`, as phase `index` sees it.
-
-  'previous' is where the phase before ended, for the first phase the same as 'scratch': the
-  model's own start. The name of a phase means its latest run; anything else is a path.
-  """
-  if source == 'previous':
-    source = flat[index - 1][0] if index else 'scratch'
-  if source == 'scratch':
-    return start_params(parts)
-  runs = [i for i in range(index) if flat[i][0] == source]
-  folder = workdir / 'phases' / kept_name(flat, runs[-1]) if runs else pathlib.Path(source)
-  return checkpoint.load_params(folder, abstract_params(parts))
-
-
-def kept_name(flat, index: int) -> str:
-  """The folder under phases/ of a phase's final parameters: 'rl', or 'sft-3' inside a loop."""
-  name, iteration = flat[index]
-  return name if [n for n, _ in flat].count(name) == 1 else f'{name}-{iteration}'
-
-
-def check_section(config, name: str) -> None:
-  """Refuses what cannot train, before the first step of the first phase."""
-  section, earlier = config[name], {n for n, _ in positions(config)}
-  if section.trains not in config.models:
-    raise records.UserError(
-      f'{name}.trains={section.trains!r} is not one of the models {", ".join(config.models)}'
-    )
-  named = section.init in {'previous', 'scratch', *earlier}
-  if not named and not pathlib.Path(section.init).is_dir():
-    raise records.UserError(
-      f"{name}.init={section.init!r} is not 'previous', 'scratch', a phase "
-      f'({", ".join(sorted(earlier))}) or a folder of parameters'
-    )
-  if section.kind == 'supervised':
-    lookup(LOSSES, section.loss, f'{name}.loss')
-  if section.kind == 'reinforce':
-    algorithm = build(
-      lookup(ALGORITHMS, section.algorithm.name, f'{name}.algorithm.name'), section.algorithm,
-      'name'
-    )
-    env = build(lookup(ENVS, section.env.name, f'{name}.env.name'), section.env, 'name')
-    algorithm.check(env.num_generations)
-    if env.temperature <= 0 or env.top_k or env.top_p < 1:
-      raise records.UserError(
-        f'{name}.env: temperature={env.temperature} top_k={env.top_k} top_p={env.top_p}: training '
-        'needs temperature > 0 and the whole distribution (top_k 0, top_p 1), else the trained '
-        'log-probabilities are not those that were sampled from'
-      )
-
-
-def check_sizes(parts: Parts, name: str) -> None:
-  """Refuses what does not fit the model, the mesh or a packed row, before the first step."""
-  section, room = parts.config[name], parts.prompter.max_length
-  make_learner(parts, section)  # the optimizer's rules must cover every parameter
-  envs = {'evaluation.env': parts.config.evaluation.env}
-  if section.kind == 'reinforce':
-    envs[f'{name}.env'] = section.env
-    need = room + section.env.max_completion_length
-    if need > section.row_length:
-      raise records.UserError(
-        f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
-        f'max_completion_length={section.env.max_completion_length}'
-      )
-  for what, env in envs.items():
-    window = types.padded(room) + env.max_completion_length
-    if window > parts.model.max_position:
-      raise records.UserError(
-        f'prompt.max_length={room} (padded to {types.padded(room)}) plus '
-        f'{what}.max_completion_length={env.max_completion_length} is more than the '
-        f'{parts.model.max_position} positions of the model'
-      )
-  if section.kind != 'evaluate' and section.rows_per_batch % sharding.row_multiple(parts.mesh):
-    raise records.UserError(
-      f'{name}.rows_per_batch={section.rows_per_batch} does not divide over data x fsdp = '
-      f'{sharding.row_multiple(parts.mesh)} devices'
-    )
-
-
 # ------------------------------------------------------------------------------------ steps
-# `STEPS[kind](parts, section, student, place, position, tally, params_of)` returns a function
+# `STEPS[kind](parts, phase, place, position, tally, params_of)` returns a function
 # (state, step) -> updates [(micro-batches, denominators)], metrics, transcripts, data position.
 
 
-def supervised_steps(parts: Parts, section, student, place, position, tally, params_of):
+def supervised_steps(parts, phase, place, position, tally, params_of):
   """Packed rows of worked solutions: one optimizer step each."""
-  del student, place, tally, params_of
+  del place, tally, params_of
+  section = phase.section
   stream = data.Stream(parts.task, 'train', section.examples_per_step, position)
 
   def make(state, step):
@@ -299,7 +67,7 @@ def supervised_steps(parts: Parts, section, student, place, position, tally, par
     render = lambda example: parts.prompter.render(parts.tokenizer, example)  # noqa: E731
     seqs = [
       data.supervised_sequence(parts.tokenizer, render(example), example, section.row_length)
-      for example in augmented(parts, stream.next())
+      for example in wiring.augmented(parts, stream.next())
     ]
     trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
     row = {'timing/tokens': sum(seq.tokens_L.size for seq in seqs)}
@@ -308,24 +76,23 @@ def supervised_steps(parts: Parts, section, student, place, position, tally, par
   return make
 
 
-def reinforce_steps(parts: Parts, section, student, place, position, tally, params_of):
+def reinforce_steps(parts, phase, place, position, tally, params_of):
   """Roll out, score, keep, assign credit: one or several optimizer steps on one experience."""
-  env = build(ENVS[section.env.name], section.env, 'name')
-  algorithm = build(ALGORITHMS[section.algorithm.name], section.algorithm, 'name')
+  section, env, algorithm = phase.section, phase.env, phase.algorithm
   stream = data.Stream(parts.task, 'train', env.prompts_per_step, position)
   wanted = env.prompts_per_step // jax.process_count()
-  frozen = {'ref': params_of(section.ref_init)} if 'ref_logp' in algorithm.needs else {}
+  frozen = {'ref': params_of(section.reads.ref)} if 'ref_logp' in algorithm.needs else {}
 
   def score(params, experience):
     aux = {'weight': experience.mask_BT}
     seqs = learner.sequences(experience.tokens_BT, experience.length_B, aux)
     batches, where = pack(parts, section, seqs)
     batches = [sharding.put_rows(batch, parts.mesh) for batch in batches]
-    logps = [sharding.fetch_rows(student.score(params, batch).logp) for batch in batches]
+    logps = [sharding.fetch_rows(phase.learner.score(params, batch).logp) for batch in batches]
     return learner.unpack(logps, seqs, where, experience.tokens_BT.shape)
 
-  examples = lambda: augmented(parts, stream.next())  # noqa: E731
-  tools = make_tools(parts, examples, 'train', place, score, tally)
+  examples = lambda: wiring.augmented(parts, stream.next())  # noqa: E731
+  tools = wiring.make_tools(parts, section.trains, examples, 'train', place, score, tally)
 
   def make(state, step):
     named = {'params': state.params, 'version': step, **frozen}
@@ -364,71 +131,18 @@ def reinforce_steps(parts: Parts, section, student, place, position, tally, para
   return make
 
 
-def no_steps(parts: Parts, section, student, place, position, tally, params_of):
+def no_steps(parts, phase, place, position, tally, params_of):
   """A phase that only evaluates."""
-  del parts, section, student, place, position, tally, params_of
+  del parts, phase, place, position, tally, params_of
 
 
 STEPS = {'supervised': supervised_steps, 'reinforce': reinforce_steps, 'evaluate': no_steps}
 
 
-def augmented(parts: Parts, examples):
-  """Examples as prompt, reward and transcript will see them."""
-  return [parts.prompter.augment(parts.config.seed, example) for example in examples]
-
-
-def pack(parts: Parts, section, seqs):
+def pack(parts, section, seqs):
   """`learner.pack` with this section's shape on this mesh."""
   rows = section.rows_per_batch // jax.process_count()
   return learner.pack(seqs, section.row_length, rows, parts.mesh.shape['tensor'])
-
-
-def make_learner(parts: Parts, section) -> learner.Learner:
-  """The learner of a phase: its loss terms, optimizer and score form."""
-  temperature, terms, steps = 1.0, (), max(section.steps, 1)
-  if section.kind == 'supervised':
-    terms = (learner.Term('lm', LOSSES[section.loss], None),)
-  if section.kind == 'reinforce':
-    algorithm = build(ALGORITHMS[section.algorithm.name], section.algorithm, 'name')
-    prepare = algorithm.prepare if 'prepare' in algorithm.needs else None
-    terms = (learner.Term('lm', algorithm.token_loss, prepare),)
-    temperature = section.env.temperature
-    steps *= algorithm.num_iterations * algorithm.num_minibatches
-  cfg = build(optim.Optim, section.optim)
-  return learner.Learner(
-    model=parts.model,
-    mesh=parts.mesh,
-    tx=optim.build(cfg, abstract_params(parts), steps),
-    ema_decay=cfg.ema_decay,
-    terms=terms,
-    form=parts.sampler.form(temperature),
-    forbidden=parts.sampler.forbidden,
-    loss_chunk=parts.config.loss_chunk,
-  )
-
-
-def make_held_out(parts: Parts):
-  """(params, version, tally) -> metrics and transcripts on the first test examples."""
-  cfg = parts.config.evaluation
-  settings = build(evaluation.Evaluation, cfg, 'env')
-  env = build(lookup(ENVS, cfg.env.name, 'evaluation.env.name'), cfg.env, 'name')
-  mine = range(jax.process_index(), settings.num_examples, jax.process_count())
-  examples = augmented(parts, [parts.task.example('test', i) for i in mine])
-  for example in examples:  # a prompt that does not fit stops the run now, not in an hour
-    parts.prompter.render(parts.tokenizer, example)
-
-  def held_out(params, version, tally):
-    tools = make_tools(parts, lambda: examples, 'eval', (0, 0), None, tally)
-    named = {'params': params, 'version': version}
-    metrics, found = evaluation.evaluate(settings, env, tools, named)
-    shown = [
-      {'mode': mode, **sample}
-      for mode, experience in found.items()
-      for sample in evaluation.transcripts(experience, None, parts.config.log.transcripts)
-    ]
-    return metrics, shown
-
-  return held_out
 
 
 # ------------------------------------------------------------------------------------ sentinels
@@ -493,36 +207,37 @@ def run(config, workdir: str, pool) -> int:
   Raises:
     UserError: bad input, before the first step.
   """
-  # ---- check, wire
-  flat = positions(config)
-  for name, _ in flat:
-    check_section(config, name)
+  # ---- wire: whatever is wrong with the config stops here
   if config.compilation_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = str(pathlib.Path(config.compilation_cache).expanduser())
     jax.config.update('jax_compilation_cache_dir', cache)
-  leader = jax.process_index() == 0
-  devices = [str(d) for d in jax.devices()]
-  path = logs.open_workdir(workdir, config, devices, MAY_DIFFER, leader)
+  stop, leader = checkpoint.StopSignal(config.checkpoint.grace_s), jax.process_index() == 0
+  path = logs.check_workdir(workdir, config, MAY_DIFFER)
+  flat = wiring.positions(config, STEPS)
+  parts = wiring.wire(config, TABLES, flat, path, pool, stop.poll)
+  held_out = wiring.make_held_out(parts)
+
+  # ---- open the workdir, run
+  if leader:
+    logs.open_workdir(path, config, [str(d) for d in jax.devices()])
+    wiring.save_tokenizer(parts.tokenizer, path)
   keep = {'keep_last': config.checkpoint.keep_last, 'keep_every': config.checkpoint.keep_every}
   with (
-    checkpoint.StopSignal(config.checkpoint.grace_s) as stop,
+    stop,
     contextlib.closing(checkpoint.Checkpoints(path, **keep)) as store,
     contextlib.closing(logs.Metrics(path, leader)) as metrics,
     logs.Display(config.log.every, leader) as display,
   ):
-    parts = wire(config, make_tokenizer(config, path), pool, stop.poll)
-    for name, _ in flat:
-      check_sizes(parts, name)
     try:
-      return run_phases(parts, flat, path, store, metrics, display)
+      return run_phases(parts, flat, held_out, path, store, metrics, display)
     except checkpoint.Stopped as stopped:
       display.note(f'{stopped}; the same command goes on from here')
       return stopped.code
 
 
-def run_phases(parts: Parts, flat, path, store, metrics, display) -> int:
+def run_phases(parts, flat, held_out, path, store, metrics, display) -> int:
   """Finds the newest checkpoint and runs the phases from there; returns 0."""
-  if (path / 'phases' / kept_name(flat, len(flat) - 1)).is_dir():
+  if (path / 'phases' / wiring.kept_name(flat, len(flat) - 1)).is_dir():
     display.note(f'{path} is finished')
     return 0
   newest = store.latest()
@@ -530,7 +245,7 @@ def run_phases(parts: Parts, flat, path, store, metrics, display) -> int:
   metrics.truncate(at['offsets'])
   if newest and at['tokenizer'] != parts.tokenizer.fingerprint:
     raise records.UserError(f'{path}/tokenizer is not the tokenizer of checkpoint {newest[0]}')
-  held_out, best = make_held_out(parts), at['best']
+  best = at['best']
   for index in range(at['index'], len(flat)):
     resume = newest if newest and index == at['index'] else None
     best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, display)
@@ -538,14 +253,15 @@ def run_phases(parts: Parts, flat, path, store, metrics, display) -> int:
 
 
 def run_phase(
-  parts: Parts, flat, index, resume, best, held_out, path, store, metrics, display
+  parts, flat, index, resume, best, held_out, path, store, metrics, display
 ) -> float:
   """One phase, from its start or from a checkpoint `resume` = (step of the run, host item).
 
   Returns the best held-out greedy accuracy so far.
   """
   config, (name, iteration) = parts.config, flat[index]
-  section = config[name]
+  phase = parts.phases[name]
+  section, student = phase.section, phase.learner
   before = sum(config[n].steps for n, _ in flat[:index])  # steps of the run before this phase
   at = resume[1] if resume else {'step': 0, 'data': 0, 'evaluated': False}
   start, position, evaluated = at['step'], at['data'], at['evaluated']
@@ -553,16 +269,17 @@ def run_phase(
   # ---- this phase's learner, state and data
   display.phase(name, section.kind, section.steps, start)
   display.status('loading parameters')
-  student = make_learner(parts, section)
-  params_of = lambda source: init_params(parts, source, flat, index, path)  # noqa: E731
-  state = (
-    store.restore(resume[0], student.abstract())
-    if resume
-    else student.init(params_of(section.init))
+  params_of = lambda source: wiring.init_params(  # noqa: E731
+    parts, source.model, source.init, flat, index, path
   )
+  if resume:
+    state = store.restore(resume[0], student.abstract())
+  else:
+    start_from = (section.trains, section.init, flat, index, path)
+    state = student.init(wiring.init_params(parts, *start_from))
   tally = collections.defaultdict(float)  # times and counts of the step under way
   place = (index, iteration)
-  make = STEPS[section.kind](parts, section, student, place, position, tally, params_of)
+  make = STEPS[section.kind](parts, phase, place, position, tally, params_of)
   pending, clock = None, time.monotonic()
 
   def header(kind, step):
@@ -580,7 +297,7 @@ def run_phase(
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     metrics.write(header('train', step) | row)
     display.step(step, row)
-    for warning in sentinels(row, step == 1, parts.model.compute_dtype):
+    for warning in sentinels(row, step == 1, student.model.compute_dtype):
       display.note(f'step {step}: {warning}')
     if samples and (step == 1 or step % config.log.transcripts_every == 0):
       metrics.rollouts({**header('train', step), **sample} for sample in samples)
@@ -605,7 +322,7 @@ def run_phase(
       if (last or due or index == step == 0) and not evaluated:
         flush()
         display.status('evaluating')
-        row, samples = held_out(state.params, step, tally)
+        row, samples = held_out(section.trains, state.params, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
         metrics.write(header('eval', step) | row | {'eval/best': best})
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
@@ -619,6 +336,8 @@ def run_phase(
       if step == start:
         display.status('compiling')
       updates, row, samples, position = make(state, step)
+      if 'failure' in tally:
+        display.note(f'step {step + 1}: a reward failed and counted 0: {tally.pop("failure")}')
       row |= tally
       tally.clear()
       evaluated, reports = False, []
@@ -634,5 +353,5 @@ def run_phase(
       save(step + 1)
 
   # ---- the phase's final parameters, outside checkpoint retention
-  checkpoint.save_params(path / 'phases' / kept_name(flat, index), state.params)
+  checkpoint.save_params(path / 'phases' / wiring.kept_name(flat, index), state.params)
   return best

@@ -1,4 +1,4 @@
-"""Every config and variant loads, is locked, wires, and takes two steps of each phase at smoke size."""
+"""Every config loads, is locked, and takes two steps of each phase at smoke size."""
 
 import dataclasses
 import importlib.util
@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from reasonrl import evaluation, optim, prompts, rewarding, train
+from reasonrl import evaluation, optim, prompts, rewarding, train, wiring
 from reasonrl.configs import common
 
 CONFIGS = sorted(
@@ -42,7 +42,7 @@ def test_sections_and_dataclasses_agree(name, variant):
     assert fields(train.MODELS[section.kind]) | {'kind', 'weights'} == set(section)
   for reward, section in config.rewards.items():
     assert fields(train.REWARDS[reward]) | {'weight'} == set(section)
-  for phase, _ in train.positions(config):
+  for phase, _ in wiring.positions(config, train.STEPS):
     section = config[phase]
     assert fields(optim.Optim) == set(section.optim)
     if section.kind == 'reinforce':
@@ -75,8 +75,8 @@ def test_a_loop_of_phases_is_flattened():
   config = load('r1_zero', '').unlock()
   config.phases = ('pretrain', ('rl', 'pretrain', 2))
   flat = [('pretrain', 0), ('rl', 0), ('pretrain', 0), ('rl', 1), ('pretrain', 1)]
-  assert train.positions(config) == flat
-  assert [train.kept_name(flat, i) for i in (1, 3)] == ['rl-0', 'rl-1']
+  assert wiring.positions(config, train.STEPS) == flat
+  assert [wiring.kept_name(flat, i) for i in (1, 3)] == ['rl-0', 'rl-1']
 
 
 def smoke(config):
@@ -86,7 +86,7 @@ def smoke(config):
   sizes = {'num_layers': 1, 'width': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}
   for model in config.models.values():
     model.update({**sizes, 'mlp_width': 16, 'weights': '', 'compute_dtype': 'float32'})
-  for phase, _ in train.positions(config):
+  for phase, _ in wiring.positions(config, train.STEPS):
     section = config[phase]
     section.steps = min(section.steps, 2)
     if section.kind == 'supervised':

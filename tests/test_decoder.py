@@ -1,4 +1,4 @@
-"""The decoder against a NumPy forward written for reading; packing, causality, cache, scan, switches."""
+"""The decoder against a NumPy forward written for reading; packing, causality, cache, switches."""
 
 import dataclasses
 import functools
@@ -186,7 +186,7 @@ def test_bfloat16_is_near_float32():
   assert np.abs(np.asarray(got[0], np.float64) - want).max() < 0.1
 
 
-# ------------------------------------------------------------------------------------ parts, by hand
+# ------------------------------------------------------------------------------------ parts
 
 
 def test_rms_norm_by_hand():
@@ -358,7 +358,7 @@ def test_embeddings_as_input(embed_scale):
   close(hidden(model, params, embeds, *whole(tokens_BT))[0], want)
 
 
-# ------------------------------------------------------------------------------------ cache and scan
+# ------------------------------------------------------------------------------------ cache, scan
 
 
 CACHED = {

@@ -1,4 +1,4 @@
-"""The weight product: hand numbers, its twin, and what bfloat16 operands do to values and gradients."""
+"""The weight product: hand numbers, its twin, and what bfloat16 operands do to it."""
 
 import functools
 

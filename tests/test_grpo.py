@@ -90,15 +90,15 @@ def test_advantages_lie_on_policy_tokens_alone():
 
 def test_rows_of_one_rollout_share_its_advantage():
   """Two turns of rollout 1 are two rows: it still counts once in its group's mean."""
-  found = tiny.experience([1.0, 0.0, 0.0], [5, 5, 5], [1, 1, 1])
-  rows = [2, 1, 0, 1]
+  rollouts, groups = [3, 1, 0, 1, 2], [9, 5, 5, 5, 9]
+  turns = tiny.experience([0.0] * 5, groups, [1] * 5)
   turns = dataclasses.replace(
-    tiny.experience([0.0] * 4, [5] * 4, [1] * 4),
-    rollout_B=np.array(rows, np.int32),
-    reward_R=found.reward_R,
+    turns,
+    rollout_B=np.array(rollouts, np.int32),
+    reward_R=np.float32([1.0, 0.0, 6.0, 2.0]),
   )
   adv_BT = tiny.algorithm(scale_rewards='none').advantages(turns)
-  np.testing.assert_allclose(adv_BT[:, 2], [-1 / 3, -1 / 3, 2 / 3, -1 / 3], atol=1e-6)
+  np.testing.assert_allclose(adv_BT[:, 2], [-2.0, -0.5, 0.5, -0.5, 2.0])
 
 
 def test_permuting_rows_permutes_advantages():

@@ -345,6 +345,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
   assert_trees_equal(decided(state), decided(twice))
 
 
+@pytest.mark.parametrize(
+  'token_loss, finite_loss, finite_norm',
+  [
+    (lambda out, aux: (jnp.sqrt(jnp.maximum(out.logp, 0.0)), {}), True, False),  # slope 0 * inf
+    (lambda out, aux: (0.0 * out.logp + jnp.inf, {}), False, True),
+  ],
+)
+def test_loss_and_gradient_are_both_guarded(token_loss, finite_loss, finite_norm):
+  student = dataclasses.replace(STUDENT, terms=(learner.Term('lm', token_loss, None),))
+  state, reports = student.update(student.init(fresh()), packed(rows()), (20.0,))
+  row = learner.reduce_reports(reports)
+  assert (np.isfinite(row['loss']), np.isfinite(row['grad_norm'])) == (finite_loss, finite_norm)
+  assert (row['finite'], row['skipped']) == (0.0, 1.0)
+  assert_trees_equal(state.params, PARAMS)
+
+
 def test_a_batch_with_nothing_to_train_changes_nothing():
   tokens, lengths, aux = rows()
   aux = {**aux, 'weight': np.zeros_like(aux['weight'])}

@@ -47,7 +47,9 @@ def config(**changes) -> ml_collections.ConfigDict:
 
 
 def opened(path, cfg=None) -> pathlib.Path:
-  return logs.open_workdir(str(path), cfg or config(), ['cpu:0'], ('mesh',), True)
+  found = logs.check_workdir(str(path), cfg or config(), ('mesh',))
+  logs.open_workdir(found, cfg or config(), ['cpu:0'])
+  return found
 
 
 # ------------------------------------------------------------------------------------ workdir
@@ -120,7 +122,7 @@ def test_folders_that_cannot_be_a_workdir(tmp_path):
 
 
 def test_processes_that_do_not_write_leave_no_trace(tmp_path):
-  path = logs.open_workdir(str(tmp_path / 'a'), config(), [], (), False)
+  path = logs.check_workdir(str(tmp_path / 'a'), config(), ())
   metrics = logs.Metrics(path, False)
   metrics.truncate(logs.START)
   metrics.write({'step': 1})

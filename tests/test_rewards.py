@@ -14,9 +14,9 @@ from reasonrl.rewards import REWARDS, answer
 
 FIELDS = {
   'accuracy': dict(after_think=True, extraction='strict', require_stop=True),
-  'r1_format': dict(allow_empty_think=False, prefill=''),
-  'open_r1_format': dict(prefill=''),
-  'tag_count': dict(prefill=''),
+  'r1_format': dict(allow_empty_think=False),
+  'open_r1_format': dict(),
+  'tag_count': dict(),
 }
 
 
@@ -190,6 +190,7 @@ def test_a_gold_answer_without_normal_form_pays_nobody():
     ('<think><answer>8</answer></think><answer>7</answer>', 1, 1),
     ('<think>a</think><think><answer>7</answer>', 0, 1),
     ('<think>a</think><answer>7</answer><think>b</think>', 0, 1),
+    ('<think>a</think><answer>7</answer></think>', 0, 1),
   ],
 )
 def test_the_answer_must_come_after_the_thinking(text, after, anywhere):
@@ -244,8 +245,6 @@ def test_r1_format(text, ok):
 def test_r1_format_fields():
   for empty in ('<think></think><answer>7</answer>', '<think> </think><answer>7</answer>'):
     assert value('r1_format', empty, allow_empty_think=True) == 1
-  assert value('r1_format', 'a</think><answer>7</answer>', prefill='<think>') == 1
-  assert value('r1_format', '<think>a</think><answer>7</answer>', prefill='<think>') == 0
 
 
 OPEN_R1 = re.compile(
@@ -269,12 +268,6 @@ OPEN_R1 = re.compile(
 )
 def test_open_r1_format(text, ok):
   assert value('open_r1_format', text) == bool(OPEN_R1.match(text)) == ok
-
-
-def test_open_r1_format_puts_the_prefill_back():
-  text = 'a\n</think>\n<answer>\n7\n</answer>'
-  assert value('open_r1_format', text, prefill='<think>\n') == 1
-  assert value('tag_count', text, prefill='<think>\n') == 1
 
 
 pieces = st.sampled_from([*records.TAGS, '\n', '\n', '\n</think>\n<answer>\n', '\n</answer>', 'a'])

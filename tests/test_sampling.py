@@ -79,7 +79,7 @@ PROMPTS = ((7,), (1, 2, 3), (4, 3, 2, 1, 6))
 def ask(prompt_R, max_new, prompts=PROMPTS, width=6, seed=0):
   """Requests over `prompts`; request r has the key of sample r."""
   tokens_PT = np.zeros((len(prompts), width), np.int32)
-  for row, prompt in zip(tokens_PT, prompts):
+  for row, prompt in zip(tokens_PT, prompts, strict=True):
     row[: len(prompt)] = prompt
   prompt_R = np.asarray(prompt_R, np.int32)
   return types.Requests(
@@ -218,7 +218,7 @@ def test_inverse_cdf_frequencies():
 
 @pytest.mark.parametrize('size, share', [(2 * sampling.BLOCK, 0.5), (5000, 0.05)])
 def test_inverse_cdf_never_takes_a_token_of_weight_zero(size, share):
-  """Uniforms at the boundaries, where rounding (and fused multiply-add) puts the goal on either side."""
+  """Uniforms at the boundaries, where rounding puts the goal on either side."""
   rng, rows = np.random.default_rng(0), np.arange(64)
   weights = rng.random((64, size), np.float32) * (rng.random((64, size)) < share)
   cdf = np.asarray(jnp.cumsum(weights, axis=1))
@@ -253,7 +253,7 @@ def test_top_k_against_a_sort(k):
 def test_top_p_against_a_sort(p):
   weights = small_weights()
   got = jax.jit(sampling.keep_top_p, static_argnums=1)(weights, p)
-  for row, kept in zip(weights, np.asarray(got)):
+  for row, kept in zip(weights, np.asarray(got), strict=True):
     falling = np.sort(row)[::-1]
     enough = np.cumsum(falling) >= np.float32(p) * row.sum()
     want = np.where(row >= falling[np.argmax(enough)], row, 0)
@@ -341,7 +341,7 @@ def test_rows_are_whole():
   assert out.prompt_length_R.tolist() == [5, 1, 3, 3, 1]
   assert out.length_R.tolist() == [8, 10, 3, 8, 2]
   assert out.stop_R.tolist() == [LENGTH] * 5
-  for r, (start, end) in enumerate(zip(out.prompt_length_R, out.length_R)):
+  for r, (start, end) in enumerate(zip(out.prompt_length_R, out.length_R, strict=True)):
     assert tuple(out.tokens_RS[r, :start]) == PROMPTS[prompt_R[r]]
     at = np.arange(15)
     policy = (at >= start) & (at < end)
@@ -451,7 +451,7 @@ def test_draws_do_not_depend_on_the_layout(sampler, many, layout):
   elif layout == 'wider prompts':
     wide = np.pad(requests.tokens_PT, ((0, 0), (0, 10)), constant_values=9)
     other = dataclasses.replace(requests, tokens_PT=wide)
-  elif layout == 'more prompts':  # every request brings its own copy of its prompt: nothing is shared
+  elif layout == 'more prompts':  # a copy of its prompt for every request: nothing is shared
     rows = requests.prompt_R
     copies = {'tokens_PT': requests.tokens_PT[rows], 'length_P': requests.length_P[rows]}
     other = dataclasses.replace(requests, **copies, prompt_R=np.arange(320, dtype=np.int32))

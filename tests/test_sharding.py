@@ -4,6 +4,7 @@ That samples do not depend on the mesh is tested with the other layouts in `test
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -102,14 +103,22 @@ def test_specs_by_hand():
     'tensor does not divide': leaf((6, 6), np.float32),
     'neither divides': leaf((3, 5), np.float32),
     'fewer axes': leaf((4, 4, 4), np.float32),
+    'both': leaf((16, 6), np.float32),
+    'both do not divide': leaf((12, 6), np.float32),
     'counter': leaf((), np.int32),  # needs no rule
   }
-  rules = ((r'fewer', ('fsdp',)), (r'divide|fits', ('tensor', 'fsdp')))
+  rules = (
+    (r'both', (('tensor', 'fsdp'),)),
+    (r'fewer', ('fsdp',)),
+    (r'divide|fits', ('tensor', 'fsdp')),
+  )
   assert sharding.param_specs(params, rules, mesh) == {
     'fits': P('tensor', 'fsdp'),
     'tensor does not divide': P(None, 'fsdp'),
     'neither divides': P(None, None),
     'fewer axes': P('fsdp'),
+    'both': P(('tensor', 'fsdp')),
+    'both do not divide': P(None),
     'counter': P(),
   }
   target = sharding.abstract(params, rules, mesh)['fits']
@@ -144,22 +153,25 @@ def test_one_process_agrees_with_itself():
 # ------------------------------------------------------------------------------------ placement
 
 
-@functools.cache
-def trained(name):
-  """A learner on a mesh, its state after one AdamW step, the reports, and scores before it."""
-  mesh, model = sharding.make_mesh(*MESHES[name]), make()
-  params = random_params(model)
+def make_learner(model, mesh):
   cfg = optim.Optim(**common.optim(1e-2).to_dict() | {'ema_decay': 0.5})
-  student = learner.Learner(
+  return learner.Learner(
     model=model,
     mesh=mesh,
-    tx=optim.build(cfg, params, 10),
+    tx=optim.build(cfg, jax.eval_shape(model.init, jax.random.key(0)), 10),
     ema_decay=cfg.ema_decay,
     terms=(learner.Term('lm', learner.nll, None),),
     form=(1.0, None, 1.0, jnp.dtype('float32')),
     forbidden=(0,),
     loss_chunk=8,
   )
+
+
+@functools.cache
+def trained(name):
+  """A learner on a mesh, its state after one AdamW step, the reports, and scores before it."""
+  mesh, model = sharding.make_mesh(*MESHES[name]), make()
+  student = make_learner(model, mesh)
   rng = np.random.default_rng(1)
   length_B = rng.integers(4, 16, 20)
   tokens_BT = rng.integers(1, 24, (20, 16))
@@ -168,7 +180,7 @@ def trained(name):
   seqs = learner.sequences(tokens_BT, length_B, {'weight': weight_BT})
   batches, _ = learner.pack(seqs, 16, 8, 2)
   assert len(batches) > 1
-  state = student.init(params)
+  state = student.init(random_params(model))
   placed = sharding.put_rows(batches[0], mesh)
   scores = [np.asarray(x) for x in student.score(state.params, placed)]
   state, reports = student.update(state, batches, [sum(s.index_N.size for s in seqs)])
@@ -182,7 +194,7 @@ def by_path(tree):
 def test_the_train_state_is_placed_by_the_rules():
   student, state, *_ = trained('2x2x2')
   want = {
-    'embed/weight': (P('tensor', 'fsdp'), (12, 8)),
+    'embed/weight': (P(('tensor', 'fsdp')), (6, 16)),
     'layers/01/attn/q/weight': (P('tensor', 'fsdp'), (8, 8)),
     'layers/01/attn/k/weight': (P('tensor', 'fsdp'), (4, 8)),
     'layers/01/attn/o/weight': (P('fsdp', 'tensor'), (8, 8)),
@@ -249,3 +261,23 @@ def test_one_step_is_the_same_on_every_mesh(name):
     np.testing.assert_allclose(g, t, atol=tolerance.get(kind, 1e-4), rtol=1e-5, err_msg=path)
   moved = jax.tree.map(lambda new, old: np.abs(new - old).mean(), want.params, start)
   assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_fsdp_moves_parameters_and_never_activations():
+  """No collective of the gradient carries the sequence length, 17, which no parameter has."""
+  model = make(num_layers=1)
+  mesh = sharding.make_mesh(1, 8, 1)
+  student, rows = make_learner(model, mesh), NamedSharding(mesh, types.ROWS)
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)  # noqa: E731
+  weight = jax.ShapeDtypeStruct((8, 5), np.float32, sharding=rows)
+  batch = types.Batch(leaf(8, 17), leaf(8, 17), leaf(8, 17), leaf(8, 5), {'weight': weight})
+  params = student.abstract().params
+  denominators = (jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh)),)
+  lower = learner.Learner.accumulate.lower
+  program = lower(student, params, params, batch, denominators).compile().as_text()
+  collective = re.compile(r' (all-\w+|reduce-scatter|collective-permute)\(')
+  lines = [line for line in program.splitlines() if collective.search(line)]
+  assert len(lines) > 5  # parameters are gathered, gradients are summed
+  for line in lines:
+    sizes = [int(n) for shape in re.findall(r'f32\[([\d,]+)\]', line) for n in shape.split(',')]
+    assert not any(n % 17 == 0 for n in sizes), line

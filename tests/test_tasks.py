@@ -183,12 +183,13 @@ def test_the_mixture_has_the_stated_frequencies():
   assert abs(sum(span(e)[0].count('.') for e in steps) / len(steps) - 4 * 0.05 / 0.95) < 0.1
 
 
-def test_every_swap_is_a_symbol():
+def test_every_swap_and_the_filler_are_symbols():
   task = make('shuffled_objects')
   assert task.symbols[:4] == records.TAGS
-  assert task.symbols[4:] == tuple(f'({a}{b})' for a in range(5) for b in range(a + 1, 5))
+  swaps = [f'({a}{b})' for a in range(5) for b in range(a + 1, 5)]
+  assert task.symbols[4:] == (*swaps, '.')
   used = {s for i in range(200) for s in re.findall(r'\(..\)', task.example('train', i).problem)}
-  assert used == set(task.symbols[4:])
+  assert used == set(swaps)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
   python experiments/bench/throughput.py --model=nano
   python experiments/bench/throughput.py --model=smollm2_135m --compute_dtype=bfloat16
 
-Sampling: `rows` sequences of `new` tokens, EOS ignored, tokens counted without prompts. Training: one
-optimizer step (gradients, AdamW) on those sequences, prompt and completion tokens counted, padding not.
-Weights are random; the arithmetic is the same. Prints the minimum, median and maximum of `repeats`
-runs, sampling and training interleaved, as one JSON line.
+Sampling: `rows` sequences of `new` tokens, EOS ignored, tokens counted without prompts. Training:
+one optimizer step (gradients, AdamW) on them, prompt and completion tokens counted, padding
+not. Weights are random; the arithmetic is the same. Prints the minimum, median and maximum of
+`repeats` runs, sampling and training interleaved, as one JSON line.
 """
 
 import json

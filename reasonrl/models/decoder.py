@@ -201,8 +201,10 @@ class Decoder:
   # Output matrices shrink with depth so that the residual stream's variance does not grow with it.
   residual_init = property(lambda self: (2 * self.num_layers) ** -0.5)
 
+  # The vocabulary is split, the width is not: a lookup in a table split over the width hands that
+  # split to the activations, and every product after it sums them over fsdp.
   sharding_rules = (
-    (r'embed/weight|heads/lm/weight', ('tensor', 'fsdp')),
+    (r'embed/weight|heads/lm/weight', (('tensor', 'fsdp'),)),
     (r'(attn/[qkv]|mlp/gate|mlp/up)/weight', ('tensor', 'fsdp')),
     (r'(attn/o|mlp/down)/weight', ('fsdp', 'tensor')),
     (r'bias|scale', ()),

@@ -2,8 +2,8 @@
 
 DeepSeek did not publish its format check (arXiv 2501.12948). `R1Format` is a strict one;
 `OpenR1Format` and `TagCount` are what the open-r1 project used, for comparison with its numbers.
-When the prompt already holds the beginning of the completion (its `prefill`), these rewards put it
-back before they look.
+Where the prompt holds the beginning of the completion (its `prefill`), the environment has put it
+back into the text.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ class R1Format:
   group: ClassVar[bool] = False
 
   allow_empty_think: bool  # a think span of nothing but white space is accepted too
-  prefill: str  # what the prompt wrote of the completion, for example '<think>'
 
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
     if completion.stop != records.Stop.EOS:
       return _score(0)
-    text = (self.prefill + completion.text).strip()
+    text = completion.text.strip()
     if any(text.count(tag) != 1 for tag in records.TAGS):
       return _score(0)
     # With one tag of each kind this order of the cuts is also the order of the tags.
@@ -57,11 +56,8 @@ class OpenR1Format:
 
   group: ClassVar[bool] = False
 
-  prefill: str
-
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
-    text = self.prefill + completion.text
-    start = '<think>\n'
+    text, start = completion.text, '<think>\n'
     # The earliest seam leaves the most room for the end, so no other seam need be tried.
     _, seam, answer = text.removeprefix(start).partition('\n</think>\n<answer>\n')
     ends = '\n</answer>\n' in answer or answer.endswith('\n</answer>')
@@ -74,9 +70,6 @@ class TagCount:
 
   group: ClassVar[bool] = False
 
-  prefill: str
-
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
-    text = self.prefill + completion.text
     tags = ('<think>\n', '\n</think>\n', '\n<answer>\n', '\n</answer>')
-    return _score(0.25 * sum(text.count(tag) == 1 for tag in tags))
+    return _score(0.25 * sum(completion.text.count(tag) == 1 for tag in tags))

@@ -71,8 +71,8 @@ class ShuffledObjects:
 
   @property
   def symbols(self) -> tuple[str, ...]:
-    """The tags and the swaps. Cups, '?' and '.' are single characters: digits must be split."""
-    return (*records.TAGS, *self._swaps)
+    """The tags, the swaps and the filler. Cups are digits, which a tokenizer has to split."""
+    return (*records.TAGS, *self._swaps, FILLER)
 
   @functools.cached_property
   def _swaps(self) -> tuple[str, ...]:

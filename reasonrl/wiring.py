@@ -1,0 +1,359 @@
+"""From a config to the parts of a run: every member built and checked before the first step.
+
+`train` reads the tables and hands them in; nothing here knows a member by name. Bad names and
+values stop here with one line. What needs many of the parts at once is built here too: the tools of
+an environment, the learner of a phase, the parameters that a phase starts from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from reasonrl import (
+  checkpoint,
+  evaluation,
+  learner,
+  optim,
+  prompts,
+  records,
+  sampling,
+  sharding,
+  tokenizers,
+  types,
+)
+from reasonrl.models import gguf
+
+LOSSES = {'nll': learner.nll}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What the config names, built."""
+
+  config: Any
+  mesh: Any
+  task: Any
+  tokenizer: Any
+  prompter: prompts.Prompter
+  models: dict[str, Any]
+  samplers: dict[str, sampling.Sampler]
+  rewards: dict[str, tuple[Any, float]]  # name -> function, weight
+  phases: dict[str, Phase]
+  evaluation: evaluation.Evaluation
+  evaluation_env: Any
+  pool: Any
+  poll: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One section of the config that `phases` names. env and algorithm: of a reinforce phase."""
+
+  name: str
+  section: Any
+  env: Any
+  algorithm: Any
+  learner: learner.Learner
+
+
+def lookup(table: dict, name: str, what: str):
+  """table[name]; an unknown name lists the choices."""
+  if name not in table:
+    raise records.UserError(f'{what}={name!r} is not one of {", ".join(sorted(table))}')
+  return table[name]
+
+
+def build(cls, section, *without: str):
+  """cls(**section), leaving out the fields that are not the member's own ('name', ...)."""
+  fields = {k: v for k, v in section.to_dict().items() if k not in without}
+  known = {f.name for f in dataclasses.fields(cls)}
+  if fields.keys() != known:
+    wrong = ', '.join(sorted(fields.keys() ^ known))
+    raise records.UserError(f'{cls.__name__} takes {sorted(known)}; unknown or missing: {wrong}')
+  return cls(**fields)
+
+
+def member(table: dict, section, what: str):
+  """The member of `table` that section.name names, with the section's other fields."""
+  return build(lookup(table, section.name, f'{what}.name'), section, 'name')
+
+
+def positions(config, kinds) -> list[tuple[str, int]]:
+  """config.phases flattened to (name, iteration); a loop is a tuple ending in its repetitions."""
+  flat = []
+  for entry in config.phases:
+    names, times = ((entry,), 1) if isinstance(entry, str) else (entry[:-1], entry[-1])
+    flat += [(name, iteration) for iteration in range(times) for name in names]
+  for name, _ in flat:
+    if name not in config or not hasattr(config[name], 'kind'):
+      sections = [k for k, v in config.items() if hasattr(v, 'kind')]
+      raise records.UserError(f'phase {name!r} is not one of the sections {", ".join(sections)}')
+    lookup(kinds, config[name].kind, f'{name}.kind')
+  return flat
+
+
+def kept_name(flat, index: int) -> str:
+  """The folder under phases/ of a phase's final parameters: 'rl', or 'sft-3' inside a loop."""
+  name, iteration = flat[index]
+  return name if [n for n, _ in flat].count(name) == 1 else f'{name}-{iteration}'
+
+
+def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts:
+  """Builds and checks everything. `tables`: 'task', 'reward', 'env', ... -> dict of members."""
+  mesh = sharding.make_mesh(**config.mesh)
+  task = member(tables['task'], config.task, 'task')
+  prompter = prompts.Prompter(**config.prompt)
+  rewards = {
+    name: (build(lookup(tables['reward'], name, 'rewards'), fields, 'weight'), fields.weight)
+    for name, fields in config.rewards.items()
+  }
+  lookup(rewards, config.evaluation.correct, 'evaluation.correct')
+  for name in config.models:
+    lookup(tables['model'], config.models[name].kind, f'models.{name}.kind')
+  tokenizer = make_tokenizer(config, task, workdir)
+  models, samplers = {}, {}
+  for name, fields in config.models.items():
+    section = fields.copy_and_resolve_references()
+    section.vocab_size = section.vocab_size or tokenizer.vocab_size
+    models[name] = build(tables['model'][fields.kind], section, 'kind', 'weights')
+    if tokenizer.vocab_size > section.vocab_size:
+      raise records.UserError(
+        f'models.{name}.vocab_size={section.vocab_size} is smaller than the tokenizer, '
+        f'{tokenizer.vocab_size} tokens'
+      )
+    # Never sampled: marks other than EOS, and rows of the head that stand for no token.
+    forbidden = set(tokenizer.control_ids) - set(tokenizer.eos_ids)
+    forbidden |= set(range(tokenizer.vocab_size, section.vocab_size))
+    samplers[name] = sampling.Sampler(models[name], mesh, tuple(sorted(forbidden)))
+  parts = Parts(
+    config=config,
+    mesh=mesh,
+    task=task,
+    tokenizer=tokenizer,
+    prompter=prompter,
+    models=models,
+    samplers=samplers,
+    rewards=rewards,
+    phases={},
+    evaluation=build(evaluation.Evaluation, config.evaluation, 'env'),
+    evaluation_env=member(tables['env'], config.evaluation.env, 'evaluation.env'),
+    pool=pool,
+    poll=poll,
+  )
+  for name in dict.fromkeys(name for name, _ in flat):
+    parts.phases[name] = make_phase(parts, tables, flat, name)
+  return parts
+
+
+def make_tokenizer(config, task, workdir: pathlib.Path):
+  """The workdir's tokenizer, or on the first start the one that the config asks for."""
+  if (workdir / 'tokenizer').exists():
+    return tokenizers.load(workdir / 'tokenizer')
+  cfg = config.tokenizer
+  examples = (task.example('train', i) for i in range(cfg.corpus_examples))
+  texts = (text for e in examples for text in (e.problem, e.solution or ''))
+  return tokenizers.build(
+    cfg.kind, cfg.path, cfg.vocab_size, cfg.model_type, cfg.byte_fallback, texts, task.symbols
+  )
+
+
+def save_tokenizer(tokenizer, workdir: pathlib.Path) -> None:
+  """Keeps it in the workdir; a kill leaves the whole folder or none."""
+  saved = workdir / 'tokenizer'
+  if not saved.exists():
+    tokenizer.save(saved.with_suffix('.tmp'))
+    saved.with_suffix('.tmp').rename(saved)
+
+
+# ------------------------------------------------------------------------------------ phases
+
+
+def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
+  """Builds a phase and refuses what cannot run."""
+  section, mesh = parts.config[name], parts.mesh
+  lookup(parts.models, section.trains, f'{name}.trains')
+  check_source(flat, section.init, f'{name}.init')
+  env = algorithm = prepare = None
+  temperature, terms, steps = 1.0, (), max(section.steps, 1)
+  if section.kind == 'supervised':
+    terms = (learner.Term('lm', lookup(LOSSES, section.loss, f'{name}.loss'), None),)
+  if section.kind == 'reinforce':
+    env = member(tables['env'], section.env, f'{name}.env')
+    algorithm = member(tables['algorithm'], section.algorithm, f'{name}.algorithm')
+    algorithm.check(env.num_generations)
+    for role, source in section.reads.items():
+      lookup(parts.models, source.model, f'{name}.reads.{role}.model')
+      check_source(flat, source.init, f'{name}.reads.{role}.init')
+    if 'prepare' in algorithm.needs:
+      prepare = algorithm.prepare
+    terms, temperature = (learner.Term('lm', algorithm.token_loss, prepare),), env.temperature
+    steps *= algorithm.num_iterations * algorithm.num_minibatches
+    if env.temperature <= 0 or env.top_k or env.top_p < 1:
+      raise records.UserError(
+        f'{name}.env: temperature={env.temperature} top_k={env.top_k} top_p={env.top_p}: training '
+        'needs temperature > 0 and the whole distribution (top_k 0, top_p 1), else the trained '
+        'log-probabilities are not those that were sampled from'
+      )
+  check_sizes(parts, name, env)
+  cfg, sampler = build(optim.Optim, section.optim), parts.samplers[section.trains]
+  student = learner.Learner(
+    model=sampler.model,
+    mesh=mesh,
+    tx=optim.build(cfg, abstract_params(parts, section.trains), steps),
+    ema_decay=cfg.ema_decay,
+    terms=terms,
+    form=sampler.form(temperature),
+    forbidden=sampler.forbidden,
+    loss_chunk=parts.config.loss_chunk,
+  )
+  return Phase(name, section, env, algorithm, student)
+
+
+def check_source(flat, source: str, what: str) -> None:
+  """Refuses a source of parameters that `init_params` could not read."""
+  names = sorted({name for name, _ in flat})
+  if source not in ('previous', 'scratch', *names) and not pathlib.Path(source).is_dir():
+    raise records.UserError(
+      f"{what}={source!r} is not 'previous', 'scratch', a phase ({', '.join(names)}) "
+      'or a folder of parameters'
+    )
+
+
+def check_sizes(parts: Parts, name: str, env) -> None:
+  """Refuses what does not fit the model's positions, a packed row or the mesh."""
+  section, room = parts.config[name], parts.prompter.max_length
+  positions_of_model = parts.models[section.trains].max_position
+  envs = {'evaluation.env': parts.evaluation_env} | ({f'{name}.env': env} if env else {})
+  for what, each in envs.items():
+    if types.padded(room) + each.max_completion_length > positions_of_model:
+      raise records.UserError(
+        f'prompt.max_length={room} (padded to {types.padded(room)}) plus '
+        f'{what}.max_completion_length={each.max_completion_length} is more than the '
+        f'{positions_of_model} positions of the model'
+      )
+  if env and room + env.max_completion_length > section.row_length:
+    raise records.UserError(
+      f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
+      f'max_completion_length={env.max_completion_length}'
+    )
+  rows = sharding.row_multiple(parts.mesh)
+  if section.kind != 'evaluate' and section.rows_per_batch % rows:
+    raise records.UserError(
+      f'{name}.rows_per_batch={section.rows_per_batch} does not divide over data x fsdp = '
+      f'{rows} devices'
+    )
+
+
+# ------------------------------------------------------------------------------------ parameters
+
+
+def abstract_params(parts: Parts, model: str):
+  """Shapes, dtypes and shardings of a model's parameters."""
+  network = parts.models[model]
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  return sharding.abstract(shapes, network.sharding_rules, parts.mesh)
+
+
+def start_params(parts: Parts, model: str):
+  """A model's own start: the weights its config names, or random ones; placed on the mesh."""
+  target, network = abstract_params(parts, model), parts.models[model]
+  weights = parts.config.models[model].weights
+  if not weights:
+    key = jax.random.key(parts.config.seed, impl='threefry2x32')
+    return jax.jit(network.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(key)
+  found, params = gguf.read(weights)
+  for name, value in found.items():
+    if getattr(network, name) != value:
+      raise records.UserError(
+        f'models.{model}.{name}={getattr(network, name)}, but {weights!r} has {value}'
+      )
+  return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, target)
+
+
+def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir: pathlib.Path):
+  """Parameters from `source`, as phase `index` sees it.
+
+  'previous' is where the phase before ended, for the first phase the same as 'scratch': the
+  model's own start. The name of a phase means its latest run; anything else is a path.
+  """
+  if source == 'previous':
+    source = flat[index - 1][0] if index else 'scratch'
+  if source == 'scratch':
+    return start_params(parts, model)
+  runs = [i for i in range(index) if flat[i][0] == source]
+  folder = workdir / 'phases' / kept_name(flat, runs[-1]) if runs else pathlib.Path(source)
+  return checkpoint.load_params(folder, abstract_params(parts, model))
+
+
+# ------------------------------------------------------------------------------------ tools
+
+
+def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -> types.Tools:
+  """The tools of an environment; `place` is (phase, iteration), part of every random key.
+
+  `tally` collects the seconds spent in each tool and the rewards that failed.
+  """
+
+  def generate(params, requests, spec, slots):
+    start = time.monotonic()
+    out = parts.samplers[model].generate(params, requests, spec, slots, parts.poll)
+    tally['timing/sample_s'] += time.monotonic() - start
+    return out
+
+  def reward(examples, completions, groups):
+    start = time.monotonic()
+    out = parts.pool.score(parts.rewards, examples, completions, groups)
+    tally['timing/reward_s'] += time.monotonic() - start
+    tally['reward_timeouts'] += out.timeouts
+    tally['reward_errors'] += out.errors
+    if out.first_failure:
+      tally['failure'] = out.first_failure
+    parts.poll()
+    return out
+
+  def row_keys(step, prompt_R, sample_R, thread_R):
+    seed = parts.config.seed
+    return sampling.row_keys(seed, purpose, *place, step, prompt_R, sample_R, thread_R)
+
+  return types.Tools(
+    tokenizer=parts.tokenizer,
+    prefill=parts.prompter.prefill,
+    examples=examples,
+    render=lambda example: parts.prompter.render(parts.tokenizer, example),
+    row_keys=row_keys,
+    generate=generate,
+    score=score,
+    reward=reward,
+  )
+
+
+def augmented(parts: Parts, examples):
+  """Examples as prompt, reward and transcript will see them."""
+  return [parts.prompter.augment(parts.config.seed, example) for example in examples]
+
+
+def make_held_out(parts: Parts):
+  """(model, params, version, tally) -> metrics and transcripts on the first test examples."""
+  mine = range(jax.process_index(), parts.evaluation.num_examples, jax.process_count())
+  examples = augmented(parts, [parts.task.example('test', i) for i in mine])
+  for example in examples:  # a prompt that does not fit stops the run now, not in an hour
+    parts.prompter.render(parts.tokenizer, example)
+
+  def held_out(model, params, version, tally):
+    tools = make_tools(parts, model, lambda: examples, 'eval', (0, 0), None, tally)
+    named = {'params': params, 'version': version}
+    metrics, found = evaluation.evaluate(parts.evaluation, parts.evaluation_env, tools, named)
+    shown = [
+      {'mode': mode, **sample}
+      for mode, experience in found.items()
+      for sample in evaluation.transcripts(experience, None, parts.config.log.transcripts)
+    ]
+    return metrics, shown
+
+  return held_out
