@@ -86,11 +86,11 @@ def smollm2():
   config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
 
   config.rl = common.reinforce('grpo', learning_rate=1e-5)
-  config.rl.steps = 60
+  config.rl.steps = 50
   config.rl.env.prompts_per_step = 8
   config.rl.env.num_generations = 8
   config.rl.env.max_completion_length = 32
-  config.rl.row_length = 256
+  config.rl.row_length = 224  # two sequences
   config.rl.eval_every = 0
 
   config.evaluation = common.evaluation()

@@ -1,17 +1,48 @@
 """Softmax attention with grouped key/value heads, in canonical batch-leading contractions.
 
-    out[b,h,t] = sum_s softmax_s(cap(scale * q[b,h,t] . k[b,h',s]) + mask[b,t,s]) v[b,h',s]
+    P[b,h,t,s]   = softmax_s(cap(scale * q[b,h,t] . k[b,h',s])) over the visible s
+    out[b,h,t]   = sum_s P[b,h,t,s] v[b,h',s]                        h' = h // (H / K)
 
-where h' = h // (H / K). The same function serves training (T = S) and decoding (T = 1 against a
-cache). Scores and softmax are float32; the operands of both products have the dtype of q, k and v.
+The same function serves training (T = S) and decoding (T = 1 against a cache). Scores and softmax
+are float32; the operands of all products, forward and backward, have the dtype of q, k and v. The
+custom VJP keeps P in that dtype:
+
+    dv = P^T dout      dP = dout v^T      dS = scale P (dP - sum_s P dP)      dq = dS k      dk = dS^T q
+
+A query that sees no key gets 0.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # finite: a row whose keys are all masked yields numbers, not NaN
+MASKED = -1e30  # finite, so that a row without a visible key yields numbers
 
 
+def _dot(a, b, axis_a, axis_b):
+  """Product over one axis of each, batched over the two leading axes; float32 result."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _weights(q_BKRC, k_BKSC, visible_BTS, scale, softcap):
+  """P as [B, K, H/K * T, S] float32, and the slope of the cap (None without one)."""
+  B, K, R, _ = q_BKRC.shape
+  T, S = visible_BTS.shape[1:]
+  scores, slope = _dot(q_BKRC, k_BKSC, 3, 3) * scale, None
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+    slope = 1.0 - (scores / softcap) ** 2
+  see = visible_BTS[:, None, None]
+  scores = jnp.where(see, scores.reshape(B, K, R // T, T, S), MASKED)
+  weights = jnp.where(see, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return (weights / jnp.where(total > 0, total, 1.0)).reshape(B, K, R, S), slope
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(q_BHTC, k_BKSC, v_BKSC, visible_BTS, scale, softcap):
   """Attention over visible keys.
 
@@ -24,25 +55,40 @@ def attention(q_BHTC, k_BKSC, v_BKSC, visible_BTS, scale, softcap):
   Returns:
     [B, H, T, C] in q's dtype.
   """
+  return _forward(q_BHTC, k_BKSC, v_BKSC, visible_BTS, scale, softcap)[0]
+
+
+def _forward(q_BHTC, k_BKSC, v_BKSC, visible_BTS, scale, softcap):
   B, H, T, C = q_BHTC.shape
   K, S = k_BKSC.shape[1:3]
   if H % K or k_BKSC.shape != (B, K, S, C) or visible_BTS.shape != (B, T, S):
     raise ValueError(
       f'attention: q {q_BHTC.shape}, k {k_BKSC.shape}, visible {visible_BTS.shape} do not fit'
     )
-  precision = jax.lax.Precision.HIGHEST if q_BHTC.dtype == jnp.float32 else None
-  dot = lambda a, b, dims: jax.lax.dot_general(  # noqa: E731
-    a, b, (dims, ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
-  )
-  # The G = H / K query heads of a key head fold into its rows: one product per (b, k).
-  q_BKGC = q_BHTC.reshape(B, K, (H // K) * T, C)
-  scores = dot(q_BKGC, k_BKSC, ((3,), (3,))) * scale
-  if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  scores = scores.reshape(B, K, H // K, T, S)
-  scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSC.dtype).reshape(B, K, (H // K) * T, S)
-  return dot(weights, v_BKSC, ((3,), (2,))).astype(q_BHTC.dtype).reshape(B, H, T, C)
+  # The H / K query heads of a key head fold into its rows: one product per (b, k).
+  q_BKRC = q_BHTC.reshape(B, K, -1, C)
+  weights, slope = _weights(q_BKRC, k_BKSC, visible_BTS, scale, softcap)
+  weights = weights.astype(v_BKSC.dtype)
+  out = _dot(weights, v_BKSC, 3, 2).astype(q_BHTC.dtype).reshape(q_BHTC.shape)
+  return out, (q_BKRC, k_BKSC, v_BKSC, weights, slope)
+
+
+def _backward(scale, softcap, residuals, dout_BHTC):
+  del softcap
+  q_BKRC, k_BKSC, v_BKSC, weights, slope = residuals
+  dout = dout_BHTC.reshape(q_BKRC.shape).astype(v_BKSC.dtype)
+  dv = _dot(weights, dout, 2, 2)
+  dweights, weights = _dot(dout, v_BKSC, 3, 3), weights.astype(jnp.float32)
+  dscores = weights * (dweights - jnp.sum(weights * dweights, axis=-1, keepdims=True)) * scale
+  if slope is not None:
+    dscores = dscores * slope
+  dscores = dscores.astype(q_BKRC.dtype)
+  dq, dk = _dot(dscores, k_BKSC, 3, 2), _dot(dscores, q_BKRC, 2, 2)
+  dq = dq.astype(q_BKRC.dtype).reshape(dout_BHTC.shape)
+  return dq, dk.astype(k_BKSC.dtype), dv.astype(v_BKSC.dtype), None
+
+
+attention.defvjp(_forward, _backward)
 
 
 def attention_ref(q_BHTC, k_BKSC, v_BKSC, visible_BTS, scale, softcap):

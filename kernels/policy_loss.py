@@ -52,12 +52,14 @@ def _score(z_RV, targets_R):
 
 
 def _chunks(rows, tree):
-  """[M, ...] leaves -> [M / rows, rows, ...], the last chunk zero-padded."""
+  """[M, ...] leaves -> [n, at most rows, ...]: equal chunks, the last one zero-padded."""
+  M = jax.tree.leaves(tree)[0].shape[0]
+  n = -(-M // rows)
+  pad = -M % n
 
   def split(x):
-    pad = -x.shape[0] % rows
     x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
-    return x.reshape(-1, rows, *x.shape[1:])
+    return x.reshape(n, -1, *x.shape[1:])
 
   return jax.tree.map(split, tree)
 
@@ -95,7 +97,7 @@ def token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows):
       the last chunk is padded with zeros.
     fn: (logp_R, entropy_R, aux_R) -> (loss_R, {name: metric_R}), elementwise over tokens.
     form: (scale, softcap or None, temperature, compute_dtype), static.
-    rows: tokens per chunk, static.
+    rows: the most tokens per chunk, static.
 
   Returns:
     loss, float32 scalar; metrics, {name: [M] float32} without gradient.

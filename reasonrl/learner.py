@@ -41,7 +41,7 @@ class Term:
 
   token_loss: (out, aux) -> (loss_M, {metric: [M]}), elementwise, without weights.
   prepare: None, or (logp_BM, batch) -> {name: [B, M]}, more aux arrays for sequence-level
-    quantities, at the price of a scoring pass.
+    quantities, at the price of a scoring pass; compiled together with it.
   """
 
   head: str
@@ -187,7 +187,9 @@ class Learner:
             batch = self._prepared(term.prepare, state.params, batch)
         grads, report = self.accumulate(state.params, grads, batch, denominators)
         reports.append(report)
-      state, final = self.apply(state, grads, [r['loss'] for r in reports])
+      # Summed here: a list would compile `apply` anew for every number of micro-batches.
+      loss = functools.reduce(jnp.add, [report['loss'] for report in reports])
+      state, final = self.apply(state, grads, loss)
     return state, (reports, final)
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -226,11 +228,11 @@ class Learner:
     return self._place(jax.tree.map(jnp.add, grads, new)), report
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-  def apply(self, state: types.TrainState, grads, losses):
+  def apply(self, state: types.TrainState, grads, loss):
     """Updates the state, or leaves it as it is if the loss or the gradient norm is not finite."""
     squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
     grad_norm = jnp.sqrt(sum(squares))
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(sum(losses))
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

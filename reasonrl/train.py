@@ -154,14 +154,14 @@ STEP0_KL = 1e-5  # float32, before the first update: policy and reference are th
 
 
 def merge(reports: list[dict]) -> dict:
-  """One row from the reports of a step's updates: means, maxima; the mismatch of the first alone.
+  """One row from the reports of a step's updates: means, maxima; of the first, mismatch and KL.
 
   Only the first update meets the parameters that sampled.
   """
   out = {}
   for name in reports[0]:
     values = [report[name] for report in reports]
-    if name.startswith('mismatch'):
+    if name.startswith('mismatch') or name == 'kl':
       out[name] = values[0]
     elif name == 'finite':
       out[name] = min(values)

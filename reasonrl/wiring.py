@@ -194,6 +194,11 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
       prepare = algorithm.prepare
     terms, temperature = (learner.Term('lm', algorithm.token_loss, prepare),), env.temperature
     steps *= algorithm.num_iterations * algorithm.num_minibatches
+    if algorithm.num_minibatches > env.prompts_per_step * env.num_generations:
+      raise records.UserError(
+        f'{name}.algorithm.num_minibatches={algorithm.num_minibatches} is more than the '
+        f'{env.prompts_per_step * env.num_generations} rollouts of a step'
+      )
     if env.temperature <= 0 or env.top_k or env.top_p < 1:
       raise records.UserError(
         f'{name}.env: temperature={env.temperature} top_k={env.top_k} top_p={env.top_p}: training '

@@ -307,7 +307,7 @@ def test_update_moves_every_parameter_at_the_first_step_and_counts():
 def test_micro_batches_accumulate_to_the_same_update():
   """Six micro-batches or one: the parameters after two steps agree (float32, 1e-5)."""
   student = dataclasses.replace(STUDENT, tx=tiny.make_learner(MODEL, PARAMS, eps=1e-3).tx)
-  ends = []
+  ends, programs = [], learner.Learner.apply._cache_size()
   for per_batch in (1, 6):
     state = student.init(fresh())
     for seed in (0, 1):
@@ -315,6 +315,8 @@ def test_micro_batches_accumulate_to_the_same_update():
       state, _ = student.update(state, batches, (20.0,))
     ends.append(jax.device_get(state.params))
   assert_trees_close(*ends)
+  # The optimizer's program does not depend on the number of micro-batches.
+  assert learner.Learner.apply._cache_size() == programs + 1
 
 
 def decided(state):

@@ -95,19 +95,20 @@ def generate(sampler, requests, how, slots=0):
   return sampler.generate(parameters(sampler.model), requests, how, slots, lambda: None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _scores(sampler, temperature, params, tokens_BT):
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(sampler, params, tokens_BT):
   positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
   hidden, _ = sampler.model.hidden(params, tokens_BT, positions, jnp.ones_like(positions), None)
   flat = hidden.reshape(-1, hidden.shape[-1])
   head = sampler.model.head(params)
-  z = ops.logits(flat, head, sampler.bias_V(), sampler.form(temperature))
+  z = ops.logits(flat, head, sampler.bias_V(), sampler.form(1.0))
   return z.reshape(*tokens_BT.shape, -1)
 
 
 def log_softmax(sampler, temperature, tokens_BT):
   """float64 [B, T, V]: entry t is the distribution of token t, from one full forward."""
-  z = np.asarray(_scores(sampler, temperature, parameters(sampler.model), tokens_BT), np.float64)
+  z = np.asarray(_scores(sampler, parameters(sampler.model), tokens_BT), np.float64)
+  z /= temperature or 1.0  # greedy draws report the log-probability at temperature 1
   top = z.max(-1, keepdims=True)
   logp = z - top - np.log(np.exp(z - top).sum(-1, keepdims=True))
   return np.concatenate([np.zeros_like(logp[:, :1]), logp[:, :-1]], axis=1)
@@ -380,7 +381,6 @@ def test_greedy_is_the_argmax_of_the_full_forward(sampler):
   differ = policy & (logp.argmax(-1) != out.tokens_RS)
   assert not (differ & (best - second > 1e-4)).any()
   assert differ.sum() <= 2, f'{differ.sum()} ties in {policy.sum()} tokens'
-  # Greedy draws report the log-probability at temperature 1.
   np.testing.assert_allclose(out.logp_RS[policy], chosen(logp, out.tokens_RS)[policy], atol=1e-4)
   for how in (spec(top_k=1), spec(top_p=1e-6)):
     same = generate(sampler, ask(np.arange(60), 20, prompts), how)

@@ -47,9 +47,15 @@ class GRPO:
     choices = ('token_mean', 'seq_mean_token_mean', 'token_sum_const')
     if self.loss_agg not in choices:
       raise records.UserError(f'algorithm.loss_agg={self.loss_agg!r} is not one of {choices}')
-    for name in ('num_iterations', 'num_minibatches'):
-      if getattr(self, name) < 1:
-        raise records.UserError(f'algorithm.{name}={getattr(self, name)} must be at least 1')
+    least = {'num_iterations': 1, 'num_minibatches': 1, 'loss_constant': 1, 'std_ddof': 0}
+    least |= {'advantage_eps': 0, 'epsilon': 0, 'beta': 0}
+    for name, bound in least.items():
+      if getattr(self, name) < bound:
+        raise records.UserError(f'algorithm.{name}={getattr(self, name)} must be at least {bound}')
+    if self.std_ddof >= num_generations:
+      raise records.UserError(
+        f'algorithm.std_ddof={self.std_ddof} must be less than num_generations={num_generations}'
+      )
 
   @property
   def needs(self) -> frozenset[str]:

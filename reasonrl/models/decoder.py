@@ -231,6 +231,17 @@ class Decoder:
         raise records.UserError(
           f"model.{name}={getattr(self, name)!r} is not one of 'float32', 'bfloat16'"
         )
+    if self.head_dim % 2:
+      raise records.UserError(
+        f'model.head_dim={self.head_dim} is odd, but rotary positions turn pairs of channels'
+      )
+    if self.sliding_window is not None and self.sliding_window < 1:
+      raise records.UserError(f'model.sliding_window={self.sliding_window} is not None or >= 1')
+    if self.scan_layers and len({self._window(i) for i in range(self.num_layers)}) > 1:
+      raise records.UserError(
+        'model.scan_layers needs one attention window for all layers, but sliding_window='
+        f'{self.sliding_window} leaves out every {self.sliding_window_pattern}th'
+      )
 
   def init(self, key) -> dict:
     """Fresh parameters in `param_dtype`."""
@@ -313,9 +324,7 @@ class Decoder:
 
   def _scanned(self, block, layers, x, positions_BT, segments_BT, masks, cache):
     """lax.scan over stacked layers; the cache rides in the carry (as xs/ys it would be copied)."""
-    if len(masks) > 1:
-      raise records.UserError('model.scan_layers needs the same attention window in every layer')
-    (see,) = masks.values()
+    (see,) = masks.values()  # one window for all: `__post_init__`
     stacked = jax.tree.map(
       lambda *leaves: jnp.stack(leaves), *(layers[self._layer(i)] for i in range(self.num_layers))
     )
