@@ -68,7 +68,7 @@ def tiny():
 
 
 def smollm2():
-  """The pretrained model learns to add: two numbers up to 50, in digits or words."""
+  """The pretrained model learns to add: two numbers up to 99, in digits or words."""
   config = common.base('r1_zero')
   config.phases = ('rl',)
   config.models.policy = common.model('smollm2_135m')
@@ -77,7 +77,7 @@ def smollm2():
   config.tokenizer = common.tokenizer('gguf')
   config.task = common.arithmetic()
   config.task.max_terms = 2
-  config.task.max_value = 50
+  config.task.max_value = 99
   config.task.operations = ('+',)
   config.prompt = common.prompt('chat')
   config.prompt.system = FEW_SHOT
@@ -86,12 +86,12 @@ def smollm2():
   config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
 
   config.rl = common.reinforce('grpo', learning_rate=1e-5)
-  config.rl.steps = 50
+  config.rl.steps = 40
   config.rl.env.prompts_per_step = 8
   config.rl.env.num_generations = 8
   config.rl.env.max_completion_length = 32
   config.rl.row_length = 224  # two sequences
-  config.rl.eval_every = 0
+  config.rl.eval_every = 20
 
   config.evaluation = common.evaluation()
   config.evaluation.num_examples = 512

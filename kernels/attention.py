@@ -7,7 +7,7 @@ The same function serves training (T = S) and decoding (T = 1 against a cache). 
 are float32; the operands of all products, forward and backward, have the dtype of q, k and v. The
 custom VJP keeps P in that dtype:
 
-    dv = P^T dout      dP = dout v^T      dS = scale P (dP - sum_s P dP)      dq = dS k      dk = dS^T q
+    dv = P^T dout    dP = dout v^T    dS = scale P (dP - sum_s P dP)    dq = dS k    dk = dS^T q
 
 A query that sees no key gets 0.
 """

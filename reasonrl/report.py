@@ -22,7 +22,7 @@ import matplotlib.figure
 import matplotlib.ticker
 from absl import app, flags
 
-from reasonrl import logs, records
+from reasonrl import evaluation, logs, records
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f'
 
@@ -95,9 +95,10 @@ def _phases(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-  """'Held-out accuracy: sampled 0.312 → 0.940 (95%: 0.925 to 0.953)', or '' without evaluations.
+  """'Held-out accuracy: sampled 0.312 → 0.940, gain 0.628 (95%: 0.597 to 0.659)', or ''.
 
-  From the last evaluation before reinforcement began, or else the first, to the last.
+  From the last evaluation before reinforcement began, or else the first, to the last. The interval
+  is that of the paired gain; without per-problem outcomes, of the last accuracy.
   """
   began = min((row['step'] for row in _rows_with(rows, 'reinforce', 'reward')), default=0)
   texts = []
@@ -107,7 +108,11 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(chosen) > 1:
       before = ([row for row in chosen if row['step'] < began] or chosen[:1])[-1]
       low, high = chosen[-1].get(f'{key}_low'), chosen[-1].get(f'{key}_high')
-      interval = '' if low is None or high is None else f' (95%: {low:.3f} to {high:.3f})'
+      gain, outcomes = '', [row.get(f'eval/{name}/outcomes') for row in (before, chosen[-1])]
+      if all(outcomes):
+        mean, low, high = evaluation.paired_gain(*outcomes)
+        gain = f', gain {mean:.3f}'
+      interval = '' if low is None or high is None else f'{gain} (95%: {low:.3f} to {high:.3f})'
       texts.append(f'{name} {before[key]:.3f} → {chosen[-1][key]:.3f}{interval}')
   return 'Held-out accuracy: ' + ',  '.join(texts) if texts else ''
 
@@ -242,7 +247,8 @@ def _table(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[list[str]]:
   if not rows:
     return []
   metrics = sorted({k for row in rows for k in row if k.startswith(prefix)})
-  metrics = [k for k in metrics if k not in ('step', 'phase', 'phase_step', 'kind')]
+  header = ('step', 'phase', 'iteration', 'phase_step', 'kind')
+  metrics = [k for k in metrics if k not in header and not k.endswith('/outcomes')]
 
   def cell(value):
     return f'{value:.4g}' if isinstance(value, int | float) else ''

@@ -343,10 +343,28 @@ def augmented(parts: Parts, examples):
   return [parts.prompter.augment(parts.config.seed, example) for example in examples]
 
 
+def distinct_examples(task, split: str, count: int) -> list[records.Example]:
+  """The first `count` examples of a split whose problems differ: an interval counts each once.
+
+  Raises:
+    UserError: there are fewer.
+  """
+  found: dict[str, records.Example] = {}
+  for index in range(20 * count):
+    example = task.example(split, index)
+    found.setdefault(example.problem, example)
+    if len(found) == count:
+      return list(found.values())
+  raise records.UserError(
+    f'evaluation.num_examples={count}: only {len(found)} different {split} problems among the '
+    f'first {20 * count} examples of the task'
+  )
+
+
 def make_held_out(parts: Parts):
   """(model, params, version, tally) -> metrics and transcripts on the first test examples."""
-  mine = range(jax.process_index(), parts.evaluation.num_examples, jax.process_count())
-  examples = augmented(parts, [parts.task.example('test', i) for i in mine])
+  found = distinct_examples(parts.task, 'test', parts.evaluation.num_examples)
+  examples = augmented(parts, found[jax.process_index() :: jax.process_count()])
   for example in examples:  # a prompt that does not fit stops the run now, not in an hour
     parts.prompter.render(parts.tokenizer, example)
 

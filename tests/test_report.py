@@ -97,6 +97,14 @@ def test_headline_compares_with_the_model_before_reinforcement():
   assert report.headline(ROWS[:5]) == ''
 
 
+def test_headline_gives_the_paired_gain():
+  before = {'eval/sampled/outcomes': [0, 0, 1, 1]}
+  rows = [row | before if row['kind'] == 'eval' else row for row in ROWS]
+  rows[-1] = rows[-1] | {'eval/sampled/outcomes': [1, 0, 1, 1]}
+  # Gains 1, 0, 0, 0: mean 1/4, sd 1/2, so 1/4 -+ 1.96 / 4.
+  assert report.headline(rows).endswith('0.900, gain 0.250 (95%: -0.240 to 0.740)')
+
+
 @pytest.mark.parametrize('count', [1, 5, 13, len(ROWS)])
 def test_partial_runs_have_a_report(tmp_path, count):
   workdir(tmp_path, ROWS[:count])

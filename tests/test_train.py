@@ -1,5 +1,6 @@
 """The loop as a whole: it learns, it resumes bit for bit, it refuses bad input before it starts."""
 
+import dataclasses
 import json
 import pathlib
 import signal
@@ -13,7 +14,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from reasonrl import records, rewarding, train
-from reasonrl.configs import r1_zero
+from reasonrl.algorithms import grpo
+from reasonrl.configs import common, r1_zero
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -76,6 +78,74 @@ def test_reward_rises_and_the_workdir_is_complete(tmp_path, pool):
   assert {'prompt', 'completion', 'answer', 'reward', 'parts', 'advantage'} <= shown[0].keys()
   assert train.run(tiny(), str(tmp_path / 'run'), pool) == 0  # a finished run is left alone
   assert len(rows_of(tmp_path / 'run', 'eval')) == 3
+
+
+def short(**fields):
+  """Two reinforcement steps on a random model."""
+  config = tiny()
+  config.phases = ('rl',)
+  config.rl.steps = 2
+  config.rl.env.update({'prompts_per_step': 4, 'num_generations': 4})
+  config.evaluation.num_examples = 8
+  for field, value in fields.items():
+    *parents, last = field.split('__')
+    section = config
+    for name in parents:
+      section = section[name]
+    section[last] = value
+  return config
+
+
+def test_steps_that_are_not_finite_are_kept_and_stop_the_run(tmp_path, pool):
+  config = short(rl__steps=6, rl__optim__learning_rate=1e38, max_skipped=2)
+  with pytest.raises(RuntimeError, match='2 steps in a row were not finite'):
+    train.run(config, str(tmp_path / 'run'), pool)
+  kept = sorted((tmp_path / 'run' / 'nonfinite').iterdir())
+  assert len(kept) == 2
+  with np.load(kept[0]) as arrays:
+    assert {'0/denominators', '0/0/tokens_BT', '0/0/aux/adv'} <= set(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picky(grpo.GRPO):
+  """Keeps the first group of every rollout."""
+
+  def keep(self, experience):
+    return np.unique(experience.group_B) == 0
+
+
+def test_the_loop_refills_until_enough_groups_are_kept(tmp_path, pool, monkeypatch):
+  monkeypatch.setitem(train.ALGORITHMS, 'picky', Picky)
+  config = short(rl__algorithm__name='picky', rl__max_generation_batches=3, rl__steps=1)
+  assert train.run(config, str(tmp_path / 'run'), pool) == 0
+  (row,) = rows_of(tmp_path / 'run', 'train')
+  shown = [json.loads(line) for line in (tmp_path / 'run' / 'rollouts.jsonl').open()]
+  # Three rollouts of 4 prompts, one group of 4 samples kept of each: prompts 0, 4 and 8.
+  assert {r['index'] for r in shown if r['kind'] == 'train'} <= {0, 4, 8}
+  assert row['tokens'] <= 3 * 4 * config.rl.env.max_completion_length
+
+
+def test_sentinels():
+  row = {'finite': 1.0, 'mismatch/max': 9e-5, 'kl': 0.0, 'unmasked_tokens': 0.0}
+  assert train.sentinels(row, True, 'float32') == []
+  for bad in ({'mismatch/max': 2e-4}, {'kl': 2e-5}, {'unmasked_tokens': 1.0}, {'finite': 0.0}):
+    assert len(train.sentinels(row | bad, True, 'float32')) == 1, bad
+  assert train.sentinels(row | {'kl': 2e-5}, False, 'float32') == []  # later it may move
+
+
+def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool):
+  config = short()
+  config.look = common.evaluate()
+  config.phases = ('look', 'rl')
+  config.rl.steps = 1
+  config.rl.algorithm = common.algorithm('deepseekmath_grpo')
+  config.rl.algorithm.num_iterations = 2
+  assert train.run(config, str(tmp_path / 'run'), pool) == 0
+  phases = [(row['phase'], row['phase_step']) for row in rows_of(tmp_path / 'run', 'eval')]
+  assert phases == [('look', 0), ('rl', 1)]
+  (row,) = rows_of(tmp_path / 'run', 'train')
+  assert row['kl'] < 1e-5  # step 0: the reference is the same parameters
+  assert row['mismatch/max'] < 1e-4
 
 
 @pytest.mark.slow
