@@ -1,10 +1,12 @@
 """Builders and presets: every field of every section, its default, unit and source.
 
 A config calls these, changes what differs and says why. Library dataclasses have no defaults: what
-is written here is the whole truth, and a test checks that sections and dataclasses agree.
+is written here is the whole truth, and a test checks that sections and dataclasses agree. A
+`placeholder(float)` is None until a float is given.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def base(name: str) -> ConfigDict:
@@ -29,36 +31,39 @@ def base(name: str) -> ConfigDict:
 
 # ------------------------------------------------------------------------------------ models
 
-_LLAMA = {
-  'kind': 'decoder',
-  'weights': '',  # '' = random; a GGUF path or 'smollm2-135m-instruct'
-  'vocab_size': 0,  # 0 = the tokenizer's
-  'num_layers': 2,
-  'width': 64,
-  'num_heads': 4,
-  'num_kv_heads': 4,
-  'head_dim': 16,
-  'mlp_width': 172,
-  'activation': 'silu',  # or 'gelu_tanh' (Gemma)
-  'qkv_bias': False,  # Qwen 2
-  'qk_norm': False,  # Qwen 3, Gemma 3
-  'norm_plus_one': False,  # Gemma
-  'post_norms': False,  # Gemma 2, 3
-  'embed_scale': False,  # Gemma
-  'attention_scale': None,  # None = head_dim ** -0.5; Gemma: query_pre_attn_scalar ** -0.5
-  'attention_softcap': None,  # Gemma 2: 50
-  'final_softcap': None,  # Gemma 2: 30
-  'sliding_window': None,  # Mistral 7B v0.1: 4096
-  'sliding_window_pattern': 0,  # every n-th layer sees everything; Gemma 2: 2, Gemma 3: 6
-  'rope_theta': 10000.0,
-  'tied_embeddings': True,
-  'norm_eps': 1e-5,
-  'max_position': 256,
-  'scan_layers': False,  # compile time of deep models on TPU and GPU; slower on CPU
-  'remat': False,  # recompute activations in the backward pass
-  'param_dtype': 'float32',
-  'compute_dtype': 'float32',
-}
+
+def _llama() -> dict:
+  return {
+    'kind': 'decoder',
+    'weights': '',  # '' = random; a GGUF path or 'smollm2-135m-instruct'
+    'vocab_size': 0,  # 0 = the tokenizer's
+    'num_layers': 2,
+    'width': 64,
+    'num_heads': 4,
+    'num_kv_heads': 4,
+    'head_dim': 16,
+    'mlp_width': 172,
+    'activation': 'silu',  # or 'gelu_tanh' (Gemma)
+    'qkv_bias': False,  # Qwen 2
+    'qk_norm': False,  # Qwen 3, Gemma 3
+    'norm_plus_one': False,  # Gemma
+    'post_norms': False,  # Gemma 2, 3
+    'embed_scale': False,  # Gemma
+    'attention_scale': placeholder(float),  # None = head_dim ** -0.5; Gemma has its own
+    'attention_softcap': placeholder(float),  # Gemma 2: 50
+    'final_softcap': placeholder(float),  # Gemma 2: 30
+    'sliding_window': placeholder(int),  # Mistral 7B v0.1: 4096
+    'sliding_window_pattern': 0,  # every n-th layer sees everything; Gemma 2: 2, Gemma 3: 6
+    'rope_theta': 10000.0,
+    'tied_embeddings': True,
+    'norm_eps': 1e-5,
+    'max_position': 256,
+    'scan_layers': False,  # compile time of deep models on TPU and GPU; slower on CPU
+    'remat': False,  # recompute activations in the backward pass
+    'param_dtype': 'float32',
+    'compute_dtype': 'float32',
+  }
+
 
 _SIZES = {
   # nano: methods text 0.3, with a gated MLP of the same size
@@ -81,7 +86,7 @@ _SIZES = {
 
 def model(size: str) -> ConfigDict:
   """A Llama-type decoder: 'nano' (0.1M parameters), 'micro' (0.8M), 'smollm2_135m'."""
-  return ConfigDict({**_LLAMA, **_SIZES[size]})
+  return ConfigDict({**_llama(), **_SIZES[size]})
 
 
 # ------------------------------------------------------------------------------------ text
@@ -95,7 +100,7 @@ def tokenizer(kind: str) -> ConfigDict:
       'kind': kind,
       'path': '',  # a .model, GGUF or tokenizer.json file
       'vocab_size': 512,  # of a trained sentencepiece model: at most
-      'model_type': 'bpe',  # 'bpe' | 'unigram' | 'char' | 'word'
+      'model_type': 'bpe',  # 'bpe' | 'unigram' | 'char'
       'byte_fallback': True,  # unknown characters become bytes instead of <unk>
       'corpus_examples': 2000,  # examples of the task to train on
     }
@@ -110,6 +115,7 @@ def prompt(template: str) -> ConfigDict:
       'system': '',  # system message of 'chat'; '' = the template's own
       'prefill': '',  # how the completion is made to begin, such as '<think>'
       'add_bos': False,
+      'augmentations': (),  # names of prompts.AUGMENTATIONS, applied in order
       'max_length': 64,  # tokens; a longer prompt is an error
     }
   )
@@ -184,7 +190,7 @@ def optim(learning_rate: float) -> ConfigDict:
       'weight_decay': ((r'scale|bias', 0.0), (r'.*', 0.0)),  # (regex, value), first match
       'lr_scale': ((r'.*', 1.0),),  # (regex, factor), first match; 0 freezes
       'max_grad_norm': 1.0,
-      'ema_decay': None,  # None = no moving average of the parameters
+      'ema_decay': placeholder(float),  # None = no moving average of the parameters
     }
   )
 
@@ -217,10 +223,11 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       # role -> model and source of its frozen parameters; loaded where the algorithm needs the role
       'reads': {'ref': {'model': 'policy', 'init': 'previous'}},
       'steps': 100,
+      'prompts_per_step': 32,  # R1-Zero: 32 (arXiv 2501.12948, sec. 2.2)
       'env': single_turn(),
       'algorithm': algorithm(preset),
       'max_generation_batches': 1,  # rollouts per step while the algorithm keeps too few groups
-      'row_length': 128,
+      'row_length': 128,  # at least prompt.max_length + max_completion_length
       'rows_per_batch': 8,
       'eval_every': 20,
       'optim': optim(learning_rate),
@@ -240,7 +247,6 @@ def single_turn() -> ConfigDict:
   return ConfigDict(
     {
       'name': 'single_turn',
-      'prompts_per_step': 32,  # R1-Zero: 32 (arXiv 2501.12948, sec. 2.2)
       'num_generations': 16,  # G; R1-Zero: 16, TRL: 8
       'max_completion_length': 64,  # tokens, EOS included
       'temperature': 1.0,
@@ -252,48 +258,45 @@ def single_turn() -> ConfigDict:
 
 
 def evaluation() -> ConfigDict:
-  """Held-out pass@1, greedy and sampled."""
-  return ConfigDict(
+  """Held-out pass@1 on distinct test problems: greedy, and sampled as `env` says."""
+  section = ConfigDict(
     {
       'num_examples': 1024,
-      'num_generations': 1,  # samples per problem; greedy takes one
-      'temperature': 1.0,
-      'top_k': 0,
-      'top_p': 1.0,
       'correct': 'accuracy',  # the reward that means 'right'
       'env': single_turn(),
     }
   )
+  section.env.num_generations = 1
+  section.env.slots = 128  # a wave that stays in a CPU's cache is faster than all rows at once
+  return section
 
 
 # ------------------------------------------------------------------------------------ algorithms
 
-_GRPO = {
-  'name': 'grpo',
-  'scale_rewards': 'group',  # 'group' (divide by the group's std) | 'none' (Dr. GRPO)
-  'std_ddof': 1,  # torch.std; every torch peer
-  'advantage_eps': 1e-4,  # TRL; verl 1e-6
-  'epsilon': 0.2,
-  'epsilon_high': None,  # None = epsilon
-  'beta': 0.0,  # KL (k3) in the loss
-  'loss_agg': 'token_mean',  # TRL loss_type 'dapo'
-  'loss_constant': 512,  # L of 'token_sum_const'
-  'num_iterations': 1,  # passes over an experience
-  'num_minibatches': 1,  # optimizer steps per pass
-  'mask_truncated_completions': False,
-}
-
-_ALGORITHMS = {
-  # TRL's defaults (GRPOConfig, 2026-07)
-  'grpo': _GRPO,
-  # DeepSeekMath (arXiv 2402.03300), sec. 4.2 and eq. 3; epsilon is not stated there
-  'deepseekmath_grpo': {**_GRPO, 'beta': 0.04, 'loss_agg': 'seq_mean_token_mean'},
-}
-
 
 def algorithm(preset: str) -> ConfigDict:
   """'grpo' = TRL's current defaults; 'deepseekmath_grpo' = the paper."""
-  return ConfigDict(_ALGORITHMS[preset])
+  grpo = {
+    'name': 'grpo',
+    'scale_rewards': 'group',  # 'group' (divide by the group's std) | 'none' (Dr. GRPO)
+    'std_ddof': 1,  # torch.std; every torch peer
+    'advantage_eps': 1e-4,  # TRL; verl 1e-6
+    'epsilon': 0.2,
+    'epsilon_high': placeholder(float),  # None = epsilon; DAPO 0.28
+    'beta': 0.0,  # KL (k3) in the loss
+    'loss_agg': 'token_mean',  # TRL loss_type 'dapo'
+    'loss_constant': 512,  # L of 'token_sum_const'
+    'num_iterations': 1,  # passes over an experience
+    'num_minibatches': 1,  # optimizer steps per pass
+    'mask_truncated_completions': False,
+  }
+  presets = {
+    # TRL's defaults (GRPOConfig, 2026-07)
+    'grpo': {},
+    # DeepSeekMath (arXiv 2402.03300), sec. 4.2 and eq. 3; epsilon is not stated there
+    'deepseekmath_grpo': {'beta': 0.04, 'loss_agg': 'seq_mean_token_mean'},
+  }
+  return ConfigDict({**grpo, **presets[preset]})
 
 
 def parse(arg: str | None, variants: dict) -> str:

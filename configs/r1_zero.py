@@ -29,7 +29,7 @@ def get_config(arg=''):
   if variant == 'debug':
     config.pretrain.steps = 60
     config.rl.steps = 6
-    config.rl.env.prompts_per_step = 8
+    config.rl.prompts_per_step = 8
     config.rl.eval_every = 3
     config.evaluation.num_examples = 64
     config.log.every = 1
@@ -48,18 +48,23 @@ def tiny():
   config.task = common.shuffled_objects(num_swaps=8)
   config.prompt = common.prompt('plain')
   config.prompt.add_bos = True
+  config.prompt.max_length = 16
   # An empty think span is well-formed here: thinking grows only because it makes answers right.
   config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
   config.rewards.r1_format.allow_empty_think = True
 
   config.pretrain = common.supervised(learning_rate=3e-3)
   config.pretrain.steps = 800
+  config.pretrain.row_length = 64
+  config.pretrain.rows_per_batch = 16
   config.pretrain.optim.schedule = 'cosine'
   config.pretrain.optim.warmup_steps = 50
   config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
 
   config.rl = common.reinforce('grpo', learning_rate=3e-4)
   config.rl.steps = 60
+  config.rl.row_length = 64
+  config.rl.rows_per_batch = 16
   config.rl.env.max_completion_length = 40
 
   config.evaluation = common.evaluation()
@@ -87,7 +92,7 @@ def smollm2():
 
   config.rl = common.reinforce('grpo', learning_rate=1e-5)
   config.rl.steps = 40
-  config.rl.env.prompts_per_step = 8
+  config.rl.prompts_per_step = 8
   config.rl.env.num_generations = 8
   config.rl.env.max_completion_length = 32
   config.rl.row_length = 224  # two sequences

@@ -14,7 +14,7 @@ import numpy as np
 
 from reasonrl import records, types
 
-LENGTH = 2**31 - 1
+LENGTH = 2**24  # examples of a stream; indices stay below 2**31 for 128 streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,24 +23,28 @@ class Source:
 
   task: object
   split: str
+  first: int
 
   def __len__(self) -> int:
     return LENGTH
 
   def __getitem__(self, index) -> records.Example:
-    return self.task.example(self.split, int(index))
+    return self.task.example(self.split, self.first + int(index))
 
 
 class Stream:
-  """Batches of `size` examples over all processes, from batch `position` on; threads read ahead."""
+  """Batches of `size` examples over all processes, from batch `position` on; threads read ahead.
 
-  def __init__(self, task, split: str, size: int, position: int):
+  Stream 0, 1, ... of a split have no example in common: every phase of a run reads its own.
+  """
+
+  def __init__(self, task, split: str, stream: int, size: int, position: int):
     n = jax.process_count()
     if size % n:
       raise records.UserError(f'a batch of {size} examples does not divide over {n} processes')
     self.position = position
-    examples = grain.MapDataset.source(Source(task, split))[jax.process_index() :: n]
-    batches = examples.batch(size // n, batch_fn=list)
+    source = grain.MapDataset.source(Source(task, split, stream * LENGTH))
+    batches = source[jax.process_index() :: n].batch(size // n, batch_fn=list)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     self._iterator = iter(batches.to_iter_dataset(options))
     self._iterator.set_state({'next_index': position})
@@ -51,17 +55,25 @@ class Stream:
     return next(self._iterator)
 
 
-def supervised_sequence(tokenizer, prompt_ids: list[int], example, row_length: int):
+def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length: int):
   """Prompt + solution + EOS as a Sequence scored from the prompt's end, EOS included.
 
+  `prefill` is the beginning of the solution that the prompt already holds.
+
   Raises:
-    UserError: the example has no solution, or does not fit a row.
+    UserError: the example has no solution, it begins differently, or does not fit a row.
   """
   if example.solution is None:
     raise records.UserError(
       f'task {example.task!r} has no solutions to learn from: it cannot feed a supervised phase'
     )
-  ids = prompt_ids + tokenizer.encode(example.solution) + [tokenizer.eos_ids[0]]
+  if not example.solution.startswith(prefill):
+    raise records.UserError(
+      f'{example.task} example {example.index}: the solution {example.solution[:20]!r}... '
+      f'does not begin with prompt.prefill={prefill!r}'
+    )
+  rest = tokenizer.encode(example.solution.removeprefix(prefill))
+  ids = prompt_ids + rest + [tokenizer.eos_ids[0]]
   if len(ids) > row_length:
     raise records.UserError(
       f'{example.task} example {example.index} has {len(ids)} tokens, more than '

@@ -22,10 +22,6 @@ class Evaluation:
   """Settings; every default is in `configs/common.py`."""
 
   num_examples: int
-  num_generations: int
-  temperature: float
-  top_k: int
-  top_p: float
   correct: str  # the reward part that means 'right': 1.0 or 0.0
 
 
@@ -124,16 +120,12 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dic
     the experiences, by mode.
   """
   metrics, experiences = {}, {}
-  modes = {
-    'greedy': {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0},
-    'sampled': {
-      name: getattr(cfg, name) for name in ('num_generations', 'temperature', 'top_k', 'top_p')
-    },
-  }
-  for mode, settings in modes.items():
-    experience = dataclasses.replace(env, **settings).rollout(tools, state, 0)
-    right_PG = experience.parts[cfg.correct].reshape(-1, settings['num_generations'])
-    right_P = np.nan_to_num(right_PG).mean(1)
+  greedy = {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
+  for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
+    experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
+    group_R = experience.group_B[np.unique(experience.rollout_B, return_index=True)[1]]
+    right_R = np.nan_to_num(experience.parts[cfg.correct])
+    right_P = np.bincount(group_R, right_R) / np.bincount(group_R)
     accuracy = float(right_P.mean())
     low, high = wilson(accuracy, right_P.size)
     found = summary(experience, tools.tokenizer, tools.prefill)

@@ -132,8 +132,7 @@ def check_workdir(workdir: str, config: Any, may_differ: Sequence[str]) -> pathl
       the first start because they change no result ('mesh', 'rewarding').
 
   Raises:
-    UserError: the folder holds a run of another config (names the fields) or is not a workdir. A
-      run that has written no row yet has nothing to lose: its config may change.
+    UserError: the folder holds a run of another config (names the fields) or is not a workdir.
   """
   if '://' in workdir:
     raise records.UserError(f'workdir {workdir!r} is not a local path; mount it and name the mount')
@@ -146,7 +145,7 @@ def check_workdir(workdir: str, config: Any, may_differ: Sequence[str]) -> pathl
       for field, values in config_differences(old, _plain(config.to_dict())).items()
       if not any(f'{field}.'.startswith(f'{free}.') for free in may_differ)
     ]
-    if refused and any((path / name).exists() and (path / name).stat().st_size for name in START):
+    if refused:
       raise records.UserError(
         f'workdir {workdir} belongs to another config; use a new --workdir, or put back:\n  '
         + '\n  '.join(refused)

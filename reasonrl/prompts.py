@@ -52,7 +52,7 @@ class Prompter:
     template: a key of TEMPLATES.
     system: system message of a 'chat' prompt; '' = none of ours (the template may have its own).
     prefill: how the completion is made to begin, e.g. '<think>'; '' = nothing. It belongs to the
-      prompt: the policy did not write it, so a reward that needs it must put it back.
+      prompt: the policy did not write it, so the environment puts it back for the rewards.
     add_bos: start with the tokenizer's BOS; not with 'chat', whose template writes its own.
     max_length: the most tokens a prompt may have: the sampler's window less the completion.
     augmentations: applied in order by `augment`.
@@ -63,7 +63,7 @@ class Prompter:
   prefill: str
   add_bos: bool
   max_length: int
-  augmentations: tuple[Augmentation, ...] = ()
+  augmentations: tuple[Augmentation, ...]
 
   def __post_init__(self):
     if self.template not in TEMPLATES:
@@ -148,6 +148,9 @@ def chat(tokenizer: tokenizers.Tokenizer, system: str, problem: str) -> list[Seg
     segments += [(problem, False), (part, True)]
   return segments
 
+
+# Named rewrites of an example, see `Prompter.augment`; length targets will be the first.
+AUGMENTATIONS: dict[str, Augmentation] = {}
 
 TEMPLATES = {'plain': plain, 'r1_zero': r1_zero, 'chat': chat}
 

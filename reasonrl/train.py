@@ -46,6 +46,7 @@ TABLES = {
   'algorithm': ALGORITHMS,
   'model': MODELS,
 }
+FAILURES = ('reward_timeouts', 'reward_errors')  # counted by the reward tool
 # Fields in which a resumed run may differ from the run it continues: they change no result, the
 # mesh beyond rounding.
 MAY_DIFFER = ('mesh', 'rewarding', 'log', 'checkpoint', 'compilation_cache')
@@ -58,17 +59,14 @@ MAY_DIFFER = ('mesh', 'rewarding', 'log', 'checkpoint', 'compilation_cache')
 
 def supervised_steps(parts, phase, place, position, tally, params_of):
   """Packed rows of worked solutions: one optimizer step each."""
-  del place, tally, params_of
+  del tally, params_of
   section = phase.section
-  stream = data.Stream(parts.task, 'train', section.examples_per_step, position)
+  stream = data.Stream(parts.task, 'train', place[0], section.examples_per_step, position)
 
   def make(state, step):
     del state, step
-    render = lambda example: parts.prompter.render(parts.tokenizer, example)  # noqa: E731
-    seqs = [
-      data.supervised_sequence(parts.tokenizer, render(example), example, section.row_length)
-      for example in wiring.augmented(parts, stream.next())
-    ]
+    examples = wiring.augmented(parts, stream.next())
+    seqs = [wiring.supervised_sequence(parts, section, example) for example in examples]
     trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
     row = {'timing/tokens': sum(seq.tokens_L.size for seq in seqs)}
     return [(pack(parts, section, seqs)[0], (trained,))], row, [], stream.position
@@ -79,8 +77,9 @@ def supervised_steps(parts, phase, place, position, tally, params_of):
 def reinforce_steps(parts, phase, place, position, tally, params_of):
   """Roll out, score, keep, assign credit: one or several optimizer steps on one experience."""
   section, env, algorithm = phase.section, phase.env, phase.algorithm
-  stream = data.Stream(parts.task, 'train', env.prompts_per_step, position)
-  wanted = env.prompts_per_step // jax.process_count()
+  stream = data.Stream(parts.task, 'train', place[0], section.prompts_per_step, position)
+  wanted = section.prompts_per_step // jax.process_count()
+  per_step = algorithm.num_iterations * algorithm.num_minibatches  # optimizer steps
   frozen = {'ref': params_of(section.reads.ref)} if 'ref_logp' in algorithm.needs else {}
 
   def score(params, experience):
@@ -95,15 +94,21 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
   tools = wiring.make_tools(parts, section.trains, examples, 'train', place, score, tally)
 
   def make(state, step):
-    named = {'params': state.params, 'version': step, **frozen}
+    named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **frozen}
     kept, groups = [], 0
     for _ in range(section.max_generation_batches):
       found = env.rollout(tools, named, step)
-      good = np.unique(found.group_B)[algorithm.keep(found)]
-      kept.append(types.take_groups(found, good))
+      good = np.unique(found.group_B)[algorithm.keep(found)][: wanted - groups]
+      if good.size:
+        kept.append(types.take_groups(found, good))
       groups += good.size
       if -sharding.agree(-groups) >= wanted:
         break
+    if not kept:
+      raise RuntimeError(
+        f'{phase.name} step {step}: the algorithm kept no group of '
+        f'{section.max_generation_batches} rollouts of {wanted} prompts'
+      )
     experience = types.concatenate(kept) if len(kept) > 1 else kept[0]
     sources = {'old_logp': 'params', 'ref_logp': 'ref'}
     scores = {
@@ -117,7 +122,7 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
     updates, rows = [], experience.length_B.size
     for iteration in range(algorithm.num_iterations):
       order = np.random.default_rng((parts.config.seed, *place, step, iteration)).permutation(rows)
-      for members in np.array_split(order, algorithm.num_minibatches):
+      for members in np.array_split(order, min(algorithm.num_minibatches, rows)):
         part = types.take_rows(experience, members)
         weight_BT, denominator = algorithm.weights(part)
         aux_BT = {'weight': weight_BT, 'adv': adv_BT[members], 'sampler_logp': part.logp_BT}
@@ -163,6 +168,8 @@ def merge(reports: list[dict]) -> dict:
     values = [report[name] for report in reports]
     if name.startswith('mismatch') or name == 'kl':
       out[name] = values[0]
+    elif name == 'tokens':
+      out[name] = sum(values)
     elif name == 'finite':
       out[name] = min(values)
     elif name.endswith('_max') or name == 'skipped':
@@ -172,8 +179,11 @@ def merge(reports: list[dict]) -> dict:
   return out
 
 
-def sentinels(row: dict, first_step: bool, compute_dtype: str) -> list[str]:
-  """What must never be seen while training. Empty when all is well."""
+def sentinels(row: dict, at_reference: bool, compute_dtype: str) -> list[str]:
+  """What must never be seen while training. Empty when all is well.
+
+  `at_reference`: the policy that sampled still was the reference.
+  """
   found = []
   if row.get('mismatch/max', 0.0) > MISMATCH[compute_dtype]:
     found.append(
@@ -181,7 +191,7 @@ def sentinels(row: dict, first_step: bool, compute_dtype: str) -> list[str]:
       f'(limit {MISMATCH[compute_dtype]:.0e}): the parameters did not reach the sampler, '
       'or the two score different distributions'
     )
-  if first_step and compute_dtype == 'float32' and row.get('kl', 0.0) > STEP0_KL:
+  if at_reference and compute_dtype == 'float32' and row.get('kl', 0.0) > STEP0_KL:
     found.append(f'KL to the reference before the first update is {row["kl"]:.1e}, not 0')
   if row.get('unmasked_tokens', 0):
     found.append(f'{row["unmasked_tokens"]:.0f} sampled tokens are not in the policy mask')
@@ -208,6 +218,7 @@ def run(config, workdir: str, pool) -> int:
     UserError: bad input, before the first step.
   """
   # ---- wire: whatever is wrong with the config stops here
+  wiring.check_numbers(config)
   if config.compilation_cache and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = str(pathlib.Path(config.compilation_cache).expanduser())
     jax.config.update('jax_compilation_cache_dir', cache)
@@ -231,7 +242,7 @@ def run(config, workdir: str, pool) -> int:
     try:
       return run_phases(parts, flat, held_out, path, store, metrics, display)
     except checkpoint.Stopped as stopped:
-      display.note(f'{stopped}; the same command goes on from here')
+      display.note(f'{stopped}; the same command with --workdir={path} goes on from here')
       return stopped.code
 
 
@@ -286,6 +297,10 @@ def run_phase(
     where = {'step': before + step, 'phase': name, 'iteration': iteration}
     return where | {'phase_step': step, 'kind': kind}
 
+  def tell_failure(step):
+    if 'failure' in tally:
+      display.note(f'step {step}: a reward failed and counted 0: {tally.pop("failure")}')
+
   def flush():
     """Fetches and writes what the last dispatched step reported."""
     nonlocal pending, clock
@@ -297,13 +312,15 @@ def run_phase(
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     metrics.write(header('train', step) | row)
     display.step(step, row)
-    for warning in sentinels(row, step == 1, student.model.compute_dtype):
+    at_reference = step == 1 and phase.starts_at_reference
+    for warning in sentinels(row, at_reference, student.model.compute_dtype):
       display.note(f'step {step}: {warning}')
     if samples and (step == 1 or step % config.log.transcripts_every == 0):
       metrics.rollouts({**header('train', step), **sample} for sample in samples)
       display.transcripts(samples)
     if not row['finite']:
-      learner.save_batches(path / 'nonfinite' / f'{name}-{step}.npz', updates)
+      where = f'{name}-{step}-{jax.process_index()}.npz'
+      learner.save_batches(path / 'nonfinite' / where, updates)
       if row['skipped'] >= config.max_skipped:
         raise RuntimeError(f'{row["skipped"]:.0f} steps in a row were not finite: see {path}')
 
@@ -324,7 +341,9 @@ def run_phase(
         display.status('evaluating')
         row, samples = held_out(section.trains, state.params, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
-        metrics.write(header('eval', step) | row | {'eval/best': best})
+        tell_failure(step)
+        row |= {'eval/best': best, **{f'eval/{key}': tally[key] for key in FAILURES}}
+        metrics.write(header('eval', step) | row)
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
         display.evaluation(f'after {name} step {step}', row)
         tally.clear()
@@ -336,8 +355,7 @@ def run_phase(
       if step == start:
         display.status('compiling')
       updates, row, samples, position = make(state, step)
-      if 'failure' in tally:
-        display.note(f'step {step + 1}: a reward failed and counted 0: {tally.pop("failure")}')
+      tell_failure(step + 1)
       row |= tally
       tally.clear()
       evaluated, reports = False, []
@@ -352,6 +370,9 @@ def run_phase(
     if (step + 1) % config.checkpoint.save_every == 0 or step + 1 == section.steps:
       save(step + 1)
 
-  # ---- the phase's final parameters, outside checkpoint retention
-  checkpoint.save_params(path / 'phases' / wiring.kept_name(flat, index), state.params)
+  # ---- the phase's final parameters, outside checkpoint retention; they mark its end
+  kept = path / 'phases' / wiring.kept_name(flat, index)
+  if state.ema is not None:
+    checkpoint.save_params(kept.with_name(f'{kept.name}-ema'), state.ema)
+  checkpoint.save_params(kept, state.params)
   return best

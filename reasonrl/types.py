@@ -165,17 +165,20 @@ def concatenate(parts: list[Experience]) -> Experience:
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-  """What an environment may use; built in `train`.
+  """What an environment may use; built in `wiring`.
 
+  sampler: the compiled stages (prefill, decode, append, fork), for several turns.
   examples() -> the next prompts' examples.
   render(example) -> prompt token ids; `prefill` is the completion text they already hold.
   row_keys(step, prompt_R, sample_R, thread_R) -> uint32 [R, 2].
-  generate(params, requests, spec, slots) -> sampling.Samples.
+  generate(params, requests, spec, slots) -> Samples.
   score(params, experience) -> logp_BT of the policy tokens.
   reward(examples, completions, groups) -> rewarding.Scores.
   """
 
+  task: Any
   tokenizer: Any
+  sampler: Any
   prefill: str
   examples: Callable
   render: Callable

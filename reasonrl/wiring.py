@@ -17,6 +17,7 @@ import jax
 
 from reasonrl import (
   checkpoint,
+  data,
   evaluation,
   learner,
   optim,
@@ -60,6 +61,7 @@ class Phase:
   env: Any
   algorithm: Any
   learner: learner.Learner
+  starts_at_reference: bool  # before its first update the policy is the frozen reference
 
 
 def lookup(table: dict, name: str, what: str):
@@ -88,27 +90,35 @@ def positions(config, kinds) -> list[tuple[str, int]]:
   """config.phases flattened to (name, iteration); a loop is a tuple ending in its repetitions."""
   flat = []
   for entry in config.phases:
+    if not isinstance(entry, str) and not isinstance(entry[-1], int):
+      raise records.UserError(f'the loop of phases {entry} must end in how often it is repeated')
     names, times = ((entry,), 1) if isinstance(entry, str) else (entry[:-1], entry[-1])
     flat += [(name, iteration) for iteration in range(times) for name in names]
+  sections = {k: v for k, v in config.items() if hasattr(v, 'kind') and hasattr(v, 'trains')}
   for name, _ in flat:
-    if name not in config or not hasattr(config[name], 'kind'):
-      sections = [k for k, v in config.items() if hasattr(v, 'kind')]
-      raise records.UserError(f'phase {name!r} is not one of the sections {", ".join(sections)}')
+    lookup(sections, name, 'phases')
     lookup(kinds, config[name].kind, f'{name}.kind')
+  if not flat:
+    raise records.UserError(f'phases is empty: it names sections, of {", ".join(sections)}')
   return flat
 
 
 def kept_name(flat, index: int) -> str:
   """The folder under phases/ of a phase's final parameters: 'rl', or 'sft-3' inside a loop."""
-  name, iteration = flat[index]
-  return name if [n for n, _ in flat].count(name) == 1 else f'{name}-{iteration}'
+  names = [name for name, _ in flat]
+  name = names[index]
+  return name if names.count(name) == 1 else f'{name}-{names[:index].count(name)}'
 
 
 def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts:
   """Builds and checks everything. `tables`: 'task', 'reward', 'env', ... -> dict of members."""
   mesh = sharding.make_mesh(**config.mesh)
   task = member(tables['task'], config.task, 'task')
-  prompter = prompts.Prompter(**config.prompt)
+  augmentations = tuple(
+    lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations')
+    for name in config.prompt.augmentations
+  )
+  prompter = prompts.Prompter(**{**config.prompt, 'augmentations': augmentations})
   rewards = {
     name: (build(lookup(tables['reward'], name, 'rewards'), fields, 'weight'), fields.weight)
     for name, fields in config.rewards.items()
@@ -178,8 +188,15 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
   """Builds a phase and refuses what cannot run."""
   section, mesh = parts.config[name], parts.mesh
   lookup(parts.models, section.trains, f'{name}.trains')
-  check_source(flat, section.init, f'{name}.init')
+  check_source(flat, name, section.init, f'{name}.init')
   env = algorithm = prepare = None
+  starts_at_reference = False
+  if section.kind != 'evaluate' and parts.models[section.trains].param_dtype != 'float32':
+    raise records.UserError(
+      f'{name} trains models.{section.trains}.param_dtype='
+      f'{parts.models[section.trains].param_dtype!r}: small updates would round away; train '
+      "float32 parameters (compute_dtype may be 'bfloat16')"
+    )
   temperature, terms, steps = 1.0, (), max(section.steps, 1)
   if section.kind == 'supervised':
     terms = (learner.Term('lm', lookup(LOSSES, section.loss, f'{name}.loss'), None),)
@@ -189,15 +206,25 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
     algorithm.check(env.num_generations)
     for role, source in section.reads.items():
       lookup(parts.models, source.model, f'{name}.reads.{role}.model')
-      check_source(flat, source.init, f'{name}.reads.{role}.init')
+      check_source(flat, name, source.init, f'{name}.reads.{role}.init')
+    ref = section.reads.ref
+    if parts.models[ref.model] != parts.models[section.trains]:
+      raise records.UserError(
+        f'{name}.reads.ref.model={ref.model!r} differs in shape from trains={section.trains!r}'
+      )
+    starts_at_reference = (ref.model, ref.init) == (section.trains, section.init)
+    unknown = algorithm.needs - {'old_logp', 'ref_logp', 'prepare'}
+    if unknown:
+      raise records.UserError(f'{name}.algorithm needs {sorted(unknown)}, which nothing provides')
     if 'prepare' in algorithm.needs:
       prepare = algorithm.prepare
     terms, temperature = (learner.Term('lm', algorithm.token_loss, prepare),), env.temperature
     steps *= algorithm.num_iterations * algorithm.num_minibatches
-    if algorithm.num_minibatches > env.prompts_per_step * env.num_generations:
+    rollouts = section.prompts_per_step * env.num_generations
+    if algorithm.num_minibatches > rollouts:
       raise records.UserError(
         f'{name}.algorithm.num_minibatches={algorithm.num_minibatches} is more than the '
-        f'{env.prompts_per_step * env.num_generations} rollouts of a step'
+        f'{rollouts} rollouts of a step'
       )
     if env.temperature <= 0 or env.top_k or env.top_p < 1:
       raise records.UserError(
@@ -206,6 +233,7 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
         'log-probabilities are not those that were sampled from'
       )
   check_sizes(parts, name, env)
+  check_examples(parts, section)
   cfg, sampler = build(optim.Optim, section.optim), parts.samplers[section.trains]
   student = learner.Learner(
     model=sampler.model,
@@ -217,17 +245,43 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
     forbidden=sampler.forbidden,
     loss_chunk=parts.config.loss_chunk,
   )
-  return Phase(name, section, env, algorithm, student)
+  return Phase(name, section, env, algorithm, student, starts_at_reference)
 
 
-def check_source(flat, source: str, what: str) -> None:
-  """Refuses a source of parameters that `init_params` could not read."""
-  names = sorted({name for name, _ in flat})
-  if source not in ('previous', 'scratch', *names) and not pathlib.Path(source).is_dir():
-    raise records.UserError(
-      f"{what}={source!r} is not 'previous', 'scratch', a phase ({', '.join(names)}) "
-      'or a folder of parameters'
-    )
+def check_source(flat, name: str, source: str, what: str) -> None:
+  """Refuses a source of parameters that would not be there when the phase `name` first begins."""
+  names = [n for n, _ in flat]
+  earlier = list(dict.fromkeys(names[: names.index(name)]))
+  if source not in ('previous', 'scratch', *earlier):
+    if not source or not pathlib.Path(source).is_dir():
+      raise records.UserError(
+        f"{what}={source!r} is not 'previous', 'scratch', an earlier phase "
+        f'({", ".join(earlier) or "there is none"}) or a folder of parameters'
+      )
+
+
+def check_examples(parts: Parts, section) -> None:
+  """The first training examples must fit the prompt, and for supervised phases a packed row."""
+  for example in augmented(parts, [parts.task.example('train', i) for i in range(32)]):
+    if section.kind == 'supervised':
+      supervised_sequence(parts, section, example)
+    else:
+      parts.prompter.render(parts.tokenizer, example)
+
+
+def check_numbers(config) -> None:
+  """Refuses counts that must be positive."""
+  counts = {
+    'checkpoint.save_every': config.checkpoint.save_every,
+    'checkpoint.keep_last': config.checkpoint.keep_last,
+    'log.every': config.log.every,
+    'log.transcripts_every': config.log.transcripts_every,
+    'evaluation.num_examples': config.evaluation.num_examples,
+    'loss_chunk': config.loss_chunk,
+  }
+  for name, count in counts.items():
+    if count < 1:
+      raise records.UserError(f'{name}={count} must be at least 1')
 
 
 def check_sizes(parts: Parts, name: str, env) -> None:
@@ -284,14 +338,15 @@ def start_params(parts: Parts, model: str):
 def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir: pathlib.Path):
   """Parameters from `source`, as phase `index` sees it.
 
-  'previous' is where the phase before ended, for the first phase the same as 'scratch': the
-  model's own start. The name of a phase means its latest run; anything else is a path.
+  'previous' is where the last phase that trained this model ended, before any the same as
+  'scratch': the model's own start. The name of a phase means its latest run; anything else is a
+  path.
   """
-  if source == 'previous':
-    source = flat[index - 1][0] if index else 'scratch'
-  if source == 'scratch':
-    return start_params(parts, model)
   runs = [i for i in range(index) if flat[i][0] == source]
+  if source == 'previous':
+    runs = [i for i in range(index) if parts.phases[flat[i][0]].section.trains == model]
+  if source == 'scratch' or (source == 'previous' and not runs):
+    return start_params(parts, model)
   folder = workdir / 'phases' / kept_name(flat, runs[-1]) if runs else pathlib.Path(source)
   return checkpoint.load_params(folder, abstract_params(parts, model))
 
@@ -327,7 +382,9 @@ def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -
     return sampling.row_keys(seed, purpose, *place, step, prompt_R, sample_R, thread_R)
 
   return types.Tools(
+    task=parts.task,
     tokenizer=parts.tokenizer,
+    sampler=parts.samplers[model],
     prefill=parts.prompter.prefill,
     examples=examples,
     render=lambda example: parts.prompter.render(parts.tokenizer, example),
@@ -336,6 +393,13 @@ def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -
     score=score,
     reward=reward,
   )
+
+
+def supervised_sequence(parts: Parts, section, example) -> types.Sequence:
+  """An example's prompt and solution as a row to learn from."""
+  prompt = parts.prompter.render(parts.tokenizer, example)
+  prefill = parts.prompter.prefill
+  return data.supervised_sequence(parts.tokenizer, prompt, prefill, example, section.row_length)
 
 
 def augmented(parts: Parts, examples):

@@ -36,7 +36,7 @@ def test_sections_and_dataclasses_agree(name, variant):
   with pytest.raises(AttributeError, match='seed'):
     config.sed = 1
   assert fields(train.TASKS[config.task.name]) | {'name'} == set(config.task)
-  assert fields(prompts.Prompter) - {'augmentations'} == set(config.prompt)
+  assert fields(prompts.Prompter) == set(config.prompt)
   assert fields(evaluation.Evaluation) | {'env'} == set(config.evaluation)
   for section in config.models.values():
     assert fields(train.MODELS[section.kind]) | {'kind', 'weights'} == set(section)
@@ -92,7 +92,8 @@ def smoke(config):
     if section.kind == 'supervised':
       section.update({'examples_per_step': 8, 'rows_per_batch': 4})
     if section.kind == 'reinforce':
-      section.env.update({'prompts_per_step': 2, 'num_generations': 2, 'max_completion_length': 4})
+      section.prompts_per_step = 2
+      section.env.update({'num_generations': 2, 'max_completion_length': 4})
       section.rows_per_batch = 2
   config.evaluation.num_examples = 4
   config.evaluation.env.max_completion_length = 4

@@ -32,7 +32,7 @@ def indices(stream, batches):
 
 
 def test_stream_walks_the_task_in_order():
-  stream = data.Stream(Counting(), 'test', 3, 0)
+  stream = data.Stream(Counting(), 'test', 0, 3, 0)
   first = stream.next()
   assert [e.problem for e in first] == ['test 0', 'test 1', 'test 2']
   assert indices(stream, 2) == [[3, 4, 5], [6, 7, 8]]
@@ -40,23 +40,23 @@ def test_stream_walks_the_task_in_order():
 
 @pytest.mark.parametrize('at', [0, 1, 4, 1000])
 def test_position_restores_the_stream(at):
-  stream = data.Stream(Counting(), 'train', 2, 0 if at < 10 else at - 1)
+  stream = data.Stream(Counting(), 'train', 0, 2, 0 if at < 10 else at - 1)
   while stream.position < at:
     stream.next()
-  again = data.Stream(Counting(), 'train', 2, stream.position)
+  again = data.Stream(Counting(), 'train', 0, 2, stream.position)
   want = indices(stream, 3)
   assert indices(again, 3) == want == [[2 * at + 2 * i, 2 * at + 2 * i + 1] for i in range(3)]
   assert again.position == stream.position == at + 3
 
 
 def test_reading_ahead_does_not_move_the_position():
-  stream = data.Stream(Counting(), 'train', 2, 0)
+  stream = data.Stream(Counting(), 'train', 0, 2, 0)
   stream.next()
   assert stream.position == 1
 
 
 def test_two_streams_are_equal_and_independent():
-  a, b = (data.Stream(Counting(), 'train', 4, 0) for _ in range(2))
+  a, b = (data.Stream(Counting(), 'train', 0, 4, 0) for _ in range(2))
   first = a.next()
   a.next()
   assert b.next() == first
@@ -67,16 +67,16 @@ def test_processes_share_a_batch_without_overlap(monkeypatch):
   halves = []
   for process in range(2):
     monkeypatch.setattr(data.jax, 'process_index', lambda: process)  # noqa: B023
-    halves.append(indices(data.Stream(Counting(), 'train', 4, 5), 2))
+    halves.append(indices(data.Stream(Counting(), 'train', 0, 4, 5), 2))
   both = [sorted(a + b) for a, b in zip(*halves, strict=True)]
   assert both == [[20, 21, 22, 23], [24, 25, 26, 27]]
   with pytest.raises(records.UserError, match='batch of 3 examples does not divide over 2'):
-    data.Stream(Counting(), 'train', 3, 0)
+    data.Stream(Counting(), 'train', 0, 3, 0)
 
 
-def supervised(prompt_ids, solution, row_length=16):
+def supervised(prompt_ids, solution, row_length=16, prefill=''):
   example = records.Example('counting', 'train', 7, 'p', 'a', solution, {})
-  return data.supervised_sequence(Letters(), prompt_ids, example, row_length)
+  return data.supervised_sequence(Letters(), prompt_ids, prefill, example, row_length)
 
 
 def test_loss_starts_at_the_prompts_end_and_includes_eos():
@@ -84,6 +84,19 @@ def test_loss_starts_at_the_prompts_end_and_includes_eos():
   np.testing.assert_array_equal(seq.tokens_L, [5, 6, 7, 10, 11, 12, 2])
   np.testing.assert_array_equal(seq.index_N, [3, 4, 5, 6])
   np.testing.assert_array_equal(seq.aux['weight'], np.ones(4, np.float32))
+
+
+def test_the_prefill_is_in_the_prompt_and_not_learned_twice():
+  plain, prefilled = supervised([5], 'abc'), supervised([5, 10], 'abc', prefill='a')
+  np.testing.assert_array_equal(prefilled.tokens_L, plain.tokens_L)
+  np.testing.assert_array_equal(prefilled.index_N, [2, 3, 4])
+  with pytest.raises(records.UserError, match="does not begin with prompt.prefill='x'"):
+    supervised([5], 'abc', prefill='x')
+
+
+def test_streams_have_no_example_in_common():
+  one, two = (data.Stream(Counting(), 'train', k, 2, 0) for k in (0, 1))
+  assert one.next()[0].index == 0 and two.next()[0].index == data.LENGTH
 
 
 def test_a_row_may_be_exactly_full():

@@ -213,13 +213,11 @@ class Env:
 
 
 def test_evaluate_greedy_and_sampled():
-  settings = evaluation.Evaluation(
-    num_examples=3, num_generations=2, temperature=0.6, top_k=5, top_p=0.9, correct='accuracy'
-  )
+  settings = evaluation.Evaluation(num_examples=3, correct='accuracy')
   asked = []
-  tools = types.Tools(*[None] * 8)
+  tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
-  metrics, found = evaluation.evaluate(settings, Env(9, 9.0, 9, 0.9, asked), tools, {})
+  metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {})
   # The same random keys at every evaluation: the step they see is 0.
   assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]
   assert metrics['eval/greedy/outcomes'] == [1.0, 0.0, 1.0]

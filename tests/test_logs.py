@@ -72,19 +72,8 @@ def test_open_workdir_writes_the_whole_config_and_each_start(tmp_path):
   assert sorted(file.name for file in path.iterdir()) == ['config.json', 'env.json']
 
 
-def test_a_run_without_rows_may_change_its_config(tmp_path):
-  opened(tmp_path / 'a')
-  opened(tmp_path / 'a', config(**{'mesh.data': 3}))
-  (tmp_path / 'a' / 'metrics.jsonl').write_text('')
-  other = config()
-  other.seed = 7
-  opened(tmp_path / 'a', other)
-  assert json.loads((tmp_path / 'a' / 'config.json').read_text())['seed'] == 7
-
-
 def test_another_config_is_refused_with_the_fields(tmp_path):
   opened(tmp_path / 'a')
-  (tmp_path / 'a' / 'metrics.jsonl').write_text('{}\n')
   other = config(**{'rl.optim.learning_rate': 1e-3})
   other.seed = 7
   del other.phases
@@ -99,7 +88,6 @@ def test_another_config_is_refused_with_the_fields(tmp_path):
 
 def test_only_named_sections_may_differ(tmp_path):
   opened(tmp_path / 'a')
-  (tmp_path / 'a' / 'metrics.jsonl').write_text('{}\n')
   opened(tmp_path / 'a', config(**{'mesh.data': 8}))
   changed = config()
   changed.meshes = 1  # begins like 'mesh' but is another field

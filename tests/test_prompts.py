@@ -27,7 +27,8 @@ def example(problem):
 
 
 def prompter(template, **changes):
-  fields = {'system': '', 'prefill': '', 'add_bos': False, 'max_length': 10_000, **changes}
+  fields = {'system': '', 'prefill': '', 'add_bos': False, 'max_length': 10_000}
+  fields |= {'augmentations': (), **changes}
   return prompts.Prompter(template=template, **fields)
 
 

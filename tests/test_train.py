@@ -85,7 +85,8 @@ def short(**fields):
   config = tiny()
   config.phases = ('rl',)
   config.rl.steps = 2
-  config.rl.env.update({'prompts_per_step': 4, 'num_generations': 4})
+  config.rl.prompts_per_step = 4
+  config.rl.env.num_generations = 4
   config.evaluation.num_examples = 8
   for field, value in fields.items():
     *parents, last = field.split('__')
@@ -170,7 +171,7 @@ def test_the_same_run_on_three_meshes(tmp_path, pool):
 
 SMALL = """
  pretrain.steps=9 pretrain.examples_per_step=16 pretrain.eval_every=6
- rl.steps=6 rl.env.prompts_per_step=4 rl.env.num_generations=4 rl.eval_every=2
+ rl.steps=6 rl.prompts_per_step=4 rl.env.num_generations=4 rl.eval_every=2
  rl.algorithm.num_minibatches=2 rl.algorithm.beta=0.01 evaluation.num_examples=16 mesh.data=1
  checkpoint.save_every=2 log.every=1 log.transcripts_every=1
 """.split()
@@ -244,8 +245,8 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     ('models.policy.kind', 'mamba', "'mamba' is not one of decoder"),
     ('rl.env.name', 'web', "'web' is not one of single_turn"),
     ('rl.kind', 'reinforcement', "'reinforcement' is not one of .*reinforce"),
-    ('phases', ('pretrain', 'sft'), "phase 'sft' is not one of the sections .*pretrain"),
-    ('rl.init', 'sft', "rl.init='sft' is not 'previous', 'scratch'"),
+    ('phases', ('pretrain', 'sft'), "phases='sft' is not one of pretrain, rl"),
+    ('rl.init', 'sft', "rl.init='sft' is not 'previous', 'scratch', an earlier phase .pretrain."),
     ('rl.trains', 'critic', "'critic' is not one of policy"),
     ('pretrain.loss', 'mse', "'mse' is not one of nll"),
     ('rl.env.num_generations', 1, 'num_generations=1'),

@@ -16,7 +16,6 @@ from reasonrl import records, sharding, types
 class SingleTurn:
   """Settings; every default and its source is in `configs/common.py`."""
 
-  prompts_per_step: int
   num_generations: int
   max_completion_length: int
   temperature: float
@@ -48,6 +47,13 @@ class SingleTurn:
     examples_R = tuple(examples[p] for p in prompt_R)
     completions = tuple(self._completion(tools, samples, r) for r in range(prompt_R.size))
     scores = tools.reward(examples_R, completions, prompt_R)
+    reward_BT = None
+    if scores.token_values is not None:
+      reward_BT = np.zeros(samples.tokens_RS.shape, np.float32)
+      for r, values in enumerate(scores.token_values):
+        if values is not None:
+          start = samples.prompt_length_R[r]
+          reward_BT[r, start : start + len(values)] = values
     return types.Experience(
       tokens_BT=samples.tokens_RS,
       prompt_length_B=samples.prompt_length_R,
@@ -60,7 +66,7 @@ class SingleTurn:
       rollout_B=np.arange(prompt_R.size, dtype=np.int32),
       reward_R=scores.value,
       parts=scores.parts,
-      reward_BT=None,
+      reward_BT=reward_BT,
       scores={},
       examples=examples_R,
       completions=completions,
