@@ -98,13 +98,15 @@ def short(**fields):
 
 
 def test_steps_that_are_not_finite_are_kept_and_stop_the_run(tmp_path, pool):
-  config = short(rl__steps=6, rl__optim__learning_rate=1e38, max_skipped=2)
+  config = short(phases=('pretrain',), pretrain__steps=6, max_skipped=2)
+  config.pretrain.optim.learning_rate = 1e38
+  config.pretrain.optim.schedule = 'constant'
   with pytest.raises(RuntimeError, match='2 steps in a row were not finite'):
     train.run(config, str(tmp_path / 'run'), pool)
   kept = sorted((tmp_path / 'run' / 'nonfinite').iterdir())
   assert len(kept) == 2
   with np.load(kept[0]) as arrays:
-    assert {'0/denominators', '0/0/tokens_BT', '0/0/aux/adv'} <= set(arrays)
+    assert {'0/denominators', '0/0/tokens_BT', '0/0/aux/weight'} <= set(arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,7 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     ('rl.optim.schedule', 'step', "'step' is not one of"),
     ('prompt.max_length', 5, 'has 7 tokens'),
     ('prompt.template', 'alpaca', "'alpaca'"),
-    ('models.policy.max_position', 32, '32 positions'),
+    ('models.policy.max_position', 24, '24 positions'),
     ('models.policy.activation', 'relu', "'relu' is not one of"),
     ('evaluation.correct', 'style', "'style' is not one of accuracy"),
     ('mesh.data', 9, 'data=9 .* does not fit 8 devices'),
