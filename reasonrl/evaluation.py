@@ -1,8 +1,7 @@
 """Held-out evaluation: pass@1, greedy and sampled, with intervals, lengths and truncation.
 
-An evaluation is a rollout of the same environment on test examples with its own sampling settings
-and its own random keys, which do not depend on the step: two evaluations differ by their parameters
-  alone.
+An evaluation is a rollout of an environment on test examples. Its random keys do not depend on the
+step, so two evaluations differ by their parameters alone.
 """
 
 from __future__ import annotations

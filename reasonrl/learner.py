@@ -207,7 +207,7 @@ class Learner:
         total, metrics = ops.token_loss(
           hidden_MD,
           self.model.head(params),
-          self._bias_V(),
+          ops.forbid(self.model.vocab_size, self.forbidden),
           targets_M,
           aux,
           functools.partial(_weighted, term.token_loss),
@@ -256,7 +256,7 @@ class Learner:
     out = ops.token_logps(
       hidden_MD,
       self.model.head(params),
-      self._bias_V(),
+      ops.forbid(self.model.vocab_size, self.forbidden),
       targets_M,
       self.form,
       self.loss_chunk,
@@ -279,10 +279,6 @@ class Learner:
     targets_BM = jnp.take_along_axis(batch.tokens_BT, batch.index_BM, axis=1)
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     return flat(hidden_BMD), flat(targets_BM), jax.tree.map(flat, batch.aux)
-
-  def _bias_V(self):
-    ids = np.asarray(self.forbidden, np.int32)
-    return jnp.zeros(self.model.vocab_size, jnp.float32).at[ids].set(-1e9)
 
   def _place(self, tree):
     rules = self.model.sharding_rules

@@ -273,7 +273,6 @@ EVAL_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
   ('greedy accuracy', 'eval/greedy/accuracy', '{:.3f}'.format),
   ('sampled accuracy', 'eval/sampled/accuracy', '{:.3f}'.format),
   ('think', 'eval/sampled/think_length', '{:.1f}'.format),
-  ('loss', 'eval/loss', '{:.3f}'.format),
 )
 CURVES = (('accuracy', 'reward/accuracy'), ('reward', 'reward'), ('loss', 'loss'))  # first present
 WIDTH = 110  # the picture is no wider: beyond it lines are hard to read, and break on resizing

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from reasonrl import types
@@ -19,6 +21,11 @@ from reasonrl.kernels import policy_loss
 dense = dense_kernel.dense
 attention = attention_kernel.attention
 logits = policy_loss.logits
+
+
+def forbid(vocab_size: int, ids) -> jax.Array:
+  """bias_V, float32: -1e9 on forbidden ids, 0 elsewhere. One for sampler and scorer alike."""
+  return jnp.zeros(vocab_size, jnp.float32).at[np.asarray(ids, np.int32)].set(-1e9)
 
 
 def token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows: int, mesh: Mesh):

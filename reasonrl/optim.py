@@ -2,7 +2,7 @@
 
 `weight_decay` and `lr_scale` are lists of (regex, value) over parameter paths; the first match wins
 and a parameter that no regex covers is an error. lr_scale 0 freezes: such a parameter has no
-optimizer moments and does not count in the gradient norm.
+optimizer moments and does not count in the norm that is clipped (the logged one has it).
 """
 
 from __future__ import annotations

@@ -52,10 +52,7 @@ PANELS = (
   (
     'Supervised loss (nats per token)',
     'zero',
-    (
-      ('training', 'supervised', 'loss', BLUE),
-      ('held-out', 'eval', 'eval/loss', ORANGE),
-    ),
+    (('training', 'supervised', 'loss', BLUE),),
   ),
   ('Gradient norm', 'log', (('before clipping', 'train', 'grad_norm', GREY),)),
 )

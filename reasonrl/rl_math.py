@@ -90,10 +90,9 @@ def kl_k3(logp, ref_logp, weight):
 def loss_weights(mask_BT, loss_agg: str, token_constant: int):
   """Per-token weights and the global denominator that turn a sum of token losses into an aggregate.
 
-      token_mean            sum_i sum_t l / sum_i |o_i|          (DAPO, arXiv 2503.14476 eq. 8; TRL
-      'dapo') seq_mean_token_mean   (1/B) sum_i (1/|o_i|) sum_t l        (GRPO, arXiv 2402.03300 eq.
-      3) token_sum_const       sum_i sum_t l / (B L)                (Dr. GRPO, arXiv 2503.20783; L
-      constant)
+      token_mean            sum_i sum_t l / sum_i |o_i|      DAPO, arXiv 2503.14476 eq. 8
+      seq_mean_token_mean   (1/B) sum_i (1/|o_i|) sum_t l    GRPO, arXiv 2402.03300 eq. 3
+      token_sum_const       sum_i sum_t l / (B L)            Dr. GRPO, arXiv 2503.20783, L constant
 
   The denominator belongs to the whole optimizer step: micro-batching, packing and sharding cannot
   change it. It is at least 1. A row without trained tokens is absent: B does not count it (as in

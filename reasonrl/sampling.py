@@ -3,19 +3,16 @@
 1. `prefill` runs each prompt through the trunk once and fills its cache.
 2. `fork` copies rows: the G samples of a prompt start from one prefill.
 3. `decode` is one compiled `while_loop` that leaves as soon as every row has stopped.
-4. `append` feeds tokens that the policy did not write (tool output, forced text), and decoding goes
-   on.
+4. `append` feeds tokens that the policy did not write (tool output, forced text).
 5. `generate` takes any number of requests and runs them in waves of `slots` rows; results are
    indexed by request, never by slot.
 
-Invariant between calls: a row's last token is pending. The cache holds the tokens before it, and
-  the
-next decode step feeds it. So a row is fully described by its tokens, and re-prefilling them gives
-the same state.
+Between calls a row's last token is pending: the cache holds the tokens before it, and the next
+decode step feeds it. So a row is fully described by its tokens, and re-prefilling them gives the
+same state.
 
-Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned into
-  a
-token by inverse CDF. So a draw depends on neither the batch layout nor the number of devices.
+Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned
+into a token by inverse CDF. So a draw depends on neither the batch layout nor the device count.
 
 Left out on purpose: shared-prefix attention, cache segments, compaction, slot refill, controls.
 """
@@ -172,11 +169,6 @@ class Sampler:
   mesh: Mesh
   forbidden: tuple[int, ...]
 
-  def bias_V(self):
-    """Added to the scores in sampler and scorer alike: -1e9 on forbidden ids."""
-    ids = np.asarray(self.forbidden, np.int32)
-    return jnp.zeros(self.model.vocab_size, jnp.float32).at[ids].set(-1e9)
-
   def form(self, temperature: float):
     """Static description of the scores, for `ops`; greedy draws report temperature-1 numbers."""
     model = self.model
@@ -241,7 +233,8 @@ class Sampler:
     may = (state.stop_B != eos) & (state.length_B < limit_B)
     stop_B = jnp.where(state.stop_B == eos, eos, length)
     state = dataclasses.replace(state, stop_B=jnp.where(may, running, stop_B))
-    bias_V, form, head_VD = self.bias_V(), self.form(spec.temperature), self.model.head(params)
+    bias_V = ops.forbid(self.model.vocab_size, self.forbidden)
+    form, head_VD = self.form(spec.temperature), self.model.head(params)
     rows_B, stop_ids = jnp.arange(B), jnp.asarray(spec.stop_ids, jnp.int32)
 
     def step(state):

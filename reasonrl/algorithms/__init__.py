@@ -2,6 +2,7 @@
 
 An algorithm is a frozen dataclass of its settings with
 
+    check(num_generations)       raises UserError for settings that cannot train
     needs                        names of scores that must exist: 'old_logp', 'ref_logp', 'prepare'
     num_iterations, num_minibatches
     keep(experience)             bool [groups], sorted by group id: which groups count

@@ -1,8 +1,10 @@
 """How experience is made. One file per environment; this table is read by `train` alone.
 
-An environment is a frozen dataclass of its settings with `rollout(tools, state, step) ->
-Experience`; `state` holds the named parameter trees ('params', 'ref', ...) and the integer
-'version'.
+An environment is a frozen dataclass of its settings with
+
+    rollout(tools, state, step)    -> Experience; `state` holds parameter trees ('params', 'ema',
+                                   'ref', ...) and 'version', the optimizer step of 'params'
+    num_generations, max_completion_length, temperature, top_k, top_p
 """
 
 from reasonrl.envs import single_turn

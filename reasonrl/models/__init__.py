@@ -5,7 +5,10 @@ A model is a frozen dataclass of its switches with
     init(key) -> params                      nested dict, per-layer leaves; heads in params['heads']
     hidden(params, tokens_BT | embeds_BTD, positions_BT, segments_BT, cache) -> (hidden_BTD, cache)
     head(params) -> W_VD                     with `logit_scale` and `final_softcap` as attributes
-    init_cache(rows, size), sharding_rules, vocab_size, max_position, compute_dtype
+    init_cache(rows, size)                   arrays [..., B, K, S, C], for `hidden`
+
+and the attributes vocab_size, max_position, num_kv_heads, param_dtype, compute_dtype,
+sharding_rules and decode_sharding_rules ((regex, axes), first match).
 """
 
 from reasonrl.models import decoder

@@ -1,9 +1,9 @@
 """One decoder-only transformer whose switches cover the Llama family and its relatives.
 
-1. embed tokens (or take embeddings), 2. N blocks: norm, attention with rotary positions, norm,
-   gated
-MLP, each added to the residual stream, 3. a final norm. Logits are never formed here: the loss and
-the sampler take the hidden states and `head(params)`.
+1. Embed tokens, or take embeddings.
+2. N blocks: norm, attention with rotary positions, norm, gated MLP; each adds to the stream.
+3. A final norm. Logits are never formed here: the loss and the sampler take the hidden states and
+   `head(params)`.
 
 Parameters are a plain nested dict with one subtree per layer, whatever the platform; with
 `scan_layers` they are stacked at trace time. Weights are [out, in].
