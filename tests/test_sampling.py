@@ -101,7 +101,8 @@ def _scores(sampler, params, tokens_BT):
   hidden, _ = sampler.model.hidden(params, tokens_BT, positions, jnp.ones_like(positions), None)
   flat = hidden.reshape(-1, hidden.shape[-1])
   head = sampler.model.head(params)
-  z = ops.logits(flat, head, ops.forbid(sampler.model.vocab_size, sampler.forbidden), sampler.form(1.0))
+  bias_V = ops.forbid(sampler.model.vocab_size, sampler.forbidden)
+  z = ops.logits(flat, head, bias_V, sampler.form(1.0))
   return z.reshape(*tokens_BT.shape, -1)
 
 
