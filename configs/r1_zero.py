@@ -4,7 +4,11 @@
   python -m reasonrl.main --config=configs/r1_zero.py:debug      the same, short
   python -m reasonrl.main --config=configs/r1_zero.py:smollm2    SmolLM2-135M-Instruct
 
-MEASURED
+Expected, on two CPU cores (experiments/ has the runs):
+  tiny      2 to 3 min; held-out sampled accuracy on 1,024 problems from .27 to .97, think length
+            from 2.8 to 8 tokens
+  :debug    half a minute; no more than a check that everything runs
+  :smollm2  SMOL_DOC
 """
 
 from reasonrl.configs import common

@@ -270,8 +270,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
   ('tok/s', 'timing/tokens_per_s', _short),
 )
 EVAL_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-  ('greedy accuracy', 'eval/greedy/accuracy', '{:.3f}'.format),
-  ('sampled accuracy', 'eval/sampled/accuracy', '{:.3f}'.format),
+  ('greedy', 'eval/greedy/accuracy', '{:.3f}'.format),
+  ('sampled', 'eval/sampled/accuracy', '{:.3f}'.format),
   ('think', 'eval/sampled/think_length', '{:.1f}'.format),
 )
 CURVES = (('accuracy', 'reward/accuracy'), ('reward', 'reward'), ('loss', 'loss'))  # first present
@@ -420,7 +420,7 @@ class Display:
   def evaluation(self, title: str, metrics: Mapping[str, Any]) -> None:
     """A held-out evaluation is done."""
     self.status(None)
-    text = rich.text.Text(f'held-out {title}  ', 'bold')
+    text = rich.text.Text(f'held-out accuracy {title}  ', 'bold')
     self._print(text.append_text(_values(metrics, EVAL_COLUMNS)))
 
   def transcripts(self, rows: Sequence[Mapping[str, Any]]) -> None:

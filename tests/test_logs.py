@@ -197,7 +197,7 @@ def test_plain_lines(monkeypatch):
     'rl 10/150  reward 1.32  accuracy 0.61  think 5.1  tok/s 12.3k',
     'rl 20/150  reward 1.32  accuracy 0.61  think 5.1  tok/s 12.3k  2m10s left',
     'rl 30/150  reward 1.32  accuracy 0.61  think 5.1  tok/s 12.3k  2m00s left',
-    'held-out after  sampled accuracy 0.500 [0.400, 0.600]',
+    'held-out accuracy after  sampled 0.500 [0.400, 0.600]',
     '✓ What is [red]2 + 2[/red]?',
     '  <think>2 and 2</think><answer>4</answer>',
     '  answer 4  reward 1.10  advantage +0.50  tokens 12  eos',
