@@ -152,9 +152,10 @@ def pack(parts, section, seqs):
 
 # ------------------------------------------------------------------------------------ sentinels
 
-# Largest |log pi_trainer - log pi_sampler| seen without a bug: float32 rounding, and for bfloat16
-# what SmolLM2-135M showed over 60 GRPO steps (experiments/r1_zero_smollm2).
-MISMATCH = {'float32': 1e-4, 'bfloat16': 1.0}
+# Bounds on |log pi_trainer - log pi_sampler|. In bfloat16 single unlikely tokens differ by more than
+# 1 without a bug, so there the mean is watched: over the GRPO steps of SmolLM2-135M it was at most
+# 0.017 (experiments/r1_zero_smollm2).
+MISMATCH = {'float32': ('mismatch/max', 1e-4), 'bfloat16': ('mismatch/mean', 0.05)}
 STEP0_KL = 1e-5  # float32, before the first update: policy and reference are the same parameters
 
 
@@ -185,11 +186,11 @@ def sentinels(row: dict, at_reference: bool, compute_dtype: str) -> list[str]:
   `at_reference`: the policy that sampled still was the reference.
   """
   found = []
-  if row.get('mismatch/max', 0.0) > MISMATCH[compute_dtype]:
+  name, limit = MISMATCH[compute_dtype]
+  if row.get(name, 0.0) > limit:
     found.append(
-      f'sampler and trainer log-probabilities differ by {row["mismatch/max"]:.1e} '
-      f'(limit {MISMATCH[compute_dtype]:.0e}): the parameters did not reach the sampler, '
-      'or the two score different distributions'
+      f'sampler and trainer log-probabilities: {name} {row[name]:.1e} is above {limit:.0e}; the '
+      'parameters did not reach the sampler, or the two score different distributions'
     )
   if at_reference and compute_dtype == 'float32' and row.get('kl', 0.0) > STEP0_KL:
     found.append(f'KL to the reference before the first update is {row["kl"]:.1e}, not 0')

@@ -129,11 +129,14 @@ def test_the_loop_refills_until_enough_groups_are_kept(tmp_path, pool, monkeypat
 
 
 def test_sentinels():
-  row = {'finite': 1.0, 'mismatch/max': 9e-5, 'kl': 0.0, 'unmasked_tokens': 0.0}
+  row = {'finite': 1.0, 'mismatch/max': 9e-5, 'mismatch/mean': 0.0, 'kl': 0.0}
+  row['unmasked_tokens'] = 0.0
   assert train.sentinels(row, True, 'float32') == []
   for bad in ({'mismatch/max': 2e-4}, {'kl': 2e-5}, {'unmasked_tokens': 1.0}, {'finite': 0.0}):
     assert len(train.sentinels(row | bad, True, 'float32')) == 1, bad
   assert train.sentinels(row | {'kl': 2e-5}, False, 'float32') == []  # later it may move
+  assert train.sentinels(row | {'mismatch/max': 1.6}, False, 'bfloat16') == []
+  assert len(train.sentinels(row | {'mismatch/mean': 0.06}, False, 'bfloat16')) == 1
 
 
 def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool):
