@@ -152,9 +152,9 @@ def pack(parts, section, seqs):
 
 # ------------------------------------------------------------------------------------ sentinels
 
-# Bounds on |log pi_trainer - log pi_sampler|. In bfloat16 single unlikely tokens differ by more than
-# 1 without a bug, so there the mean is watched: over the GRPO steps of SmolLM2-135M it was at most
-# 0.017 (experiments/r1_zero_smollm2).
+# Bounds on |log pi_trainer - log pi_sampler|. In bfloat16 single unlikely tokens differ by more
+# than 1 without a bug, so there the mean is watched: over the GRPO steps of SmolLM2-135M it was at
+# most 0.017 (experiments/r1_zero_smollm2).
 MISMATCH = {'float32': ('mismatch/max', 1e-4), 'bfloat16': ('mismatch/mean', 0.05)}
 STEP0_KL = 1e-5  # float32, before the first update: policy and reference are the same parameters
 
