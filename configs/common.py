@@ -274,8 +274,16 @@ def evaluation() -> ConfigDict:
 # ------------------------------------------------------------------------------------ algorithms
 
 
+ALGORITHMS = {  # preset -> what it changes
+  # TRL's defaults (GRPOConfig, 2026-07)
+  'grpo': {},
+  # DeepSeekMath (arXiv 2402.03300), sec. 4.2 and eq. 3; epsilon is not stated there
+  'deepseekmath_grpo': {'beta': 0.04, 'loss_agg': 'seq_mean_token_mean'},
+}
+
+
 def algorithm(preset: str) -> ConfigDict:
-  """'grpo' = TRL's current defaults; 'deepseekmath_grpo' = the paper."""
+  """A key of ALGORITHMS: 'grpo' = TRL's current defaults; 'deepseekmath_grpo' = the paper."""
   grpo = {
     'name': 'grpo',
     'scale_rewards': 'group',  # 'group' (divide by the group's std) | 'none' (Dr. GRPO)
@@ -290,13 +298,7 @@ def algorithm(preset: str) -> ConfigDict:
     'num_minibatches': 1,  # optimizer steps per pass
     'mask_truncated_completions': False,
   }
-  presets = {
-    # TRL's defaults (GRPOConfig, 2026-07)
-    'grpo': {},
-    # DeepSeekMath (arXiv 2402.03300), sec. 4.2 and eq. 3; epsilon is not stated there
-    'deepseekmath_grpo': {'beta': 0.04, 'loss_agg': 'seq_mean_token_mean'},
-  }
-  return ConfigDict({**grpo, **presets[preset]})
+  return ConfigDict({**grpo, **ALGORITHMS[preset]})
 
 
 def parse(arg: str | None, variants: dict) -> str:
