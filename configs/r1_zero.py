@@ -8,7 +8,7 @@ Expected, on two CPU cores (experiments/ has the runs):
   tiny      2 to 3 min; held-out sampled accuracy on 1,024 problems from .27 to .97, think length
             from 2.8 to 8 tokens
   :debug    half a minute; no more than a check that everything runs
-  :smollm2  SMOL_DOC
+  :smollm2  30 min; greedy accuracy on 512 held-out sums from .35 to .65, format from .78 to 1.00
 """
 
 from reasonrl.configs import common
