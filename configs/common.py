@@ -274,7 +274,7 @@ def evaluation() -> ConfigDict:
 # ------------------------------------------------------------------------------------ algorithms
 
 
-ALGORITHMS = {  # preset -> what it changes
+ALGORITHM_PRESETS = {  # preset -> what it changes
   # TRL's defaults (GRPOConfig, 2026-07)
   'grpo': {},
   # DeepSeekMath (arXiv 2402.03300), sec. 4.2 and eq. 3; epsilon is not stated there
@@ -283,7 +283,7 @@ ALGORITHMS = {  # preset -> what it changes
 
 
 def algorithm(preset: str) -> ConfigDict:
-  """A key of ALGORITHMS: 'grpo' = TRL's current defaults; 'deepseekmath_grpo' = the paper."""
+  """A key of ALGORITHM_PRESETS: 'grpo' = TRL's defaults; 'deepseekmath_grpo' = the paper."""
   grpo = {
     'name': 'grpo',
     'scale_rewards': 'group',  # 'group' (divide by the group's std) | 'none' (Dr. GRPO)
@@ -298,7 +298,7 @@ def algorithm(preset: str) -> ConfigDict:
     'num_minibatches': 1,  # optimizer steps per pass
     'mask_truncated_completions': False,
   }
-  return ConfigDict({**grpo, **ALGORITHMS[preset]})
+  return ConfigDict({**grpo, **ALGORITHM_PRESETS[preset]})
 
 
 def parse(arg: str | None, variants: dict) -> str:

@@ -31,7 +31,7 @@ def experience(**changes):
 # ------------------------------------------------------------------------------------ settings
 
 
-@pytest.mark.parametrize('preset', common.ALGORITHMS)
+@pytest.mark.parametrize('preset', common.ALGORITHM_PRESETS)
 def test_presets_hold_exactly_the_fields_of_their_class(preset):
   section = common.algorithm(preset).to_dict()
   cls = ALGORITHMS[section.pop('name')]

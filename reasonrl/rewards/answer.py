@@ -65,6 +65,7 @@ EXTRACTIONS = {'strict': extract, 'lenient': extract_lenient}
 
 def _last_boxed(text: str) -> str | None:
   """Content of the \\boxed{ that begins last among those whose brace is closed."""
+  text = text[: text.rfind('}') + 1]
   if '\\boxed' not in text:
     return None
   pieces = _BOXED.split(text)  # odd entries are braces: \boxed{, {, } or an escaped \{ \}
