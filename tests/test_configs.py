@@ -77,6 +77,9 @@ def test_a_loop_of_phases_is_flattened():
   flat = [('pretrain', 0), ('rl', 0), ('pretrain', 0), ('rl', 1), ('pretrain', 1)]
   assert wiring.positions(config, train.STEPS) == flat
   assert [wiring.kept_name(flat, i) for i in (1, 3)] == ['rl-0', 'rl-1']
+  config.phases = ('rl', ('pretrain', 'rl', 2), 'rl')
+  flat = wiring.positions(config, train.STEPS)
+  assert len({wiring.kept_name(flat, i) for i in range(len(flat))}) == len(flat)
 
 
 def smoke(config):

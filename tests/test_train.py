@@ -124,7 +124,7 @@ def test_the_loop_refills_until_enough_groups_are_kept(tmp_path, pool, monkeypat
   (row,) = rows_of(tmp_path / 'run', 'train')
   shown = [json.loads(line) for line in (tmp_path / 'run' / 'rollouts.jsonl').open()]
   # Three rollouts of 4 prompts, one group of 4 samples kept of each: prompts 0, 4 and 8.
-  assert {r['index'] for r in shown if r['kind'] == 'train'} <= {0, 4, 8}
+  assert {r['index'] for r in shown if r['kind'] == 'train'} == {0, 4, 8}
   assert row['tokens'] <= 3 * 4 * config.rl.env.max_completion_length
 
 
@@ -268,6 +268,12 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     ('rl.rows_per_batch', 3, 'rows_per_batch=3'),
     ('models.policy.weights', 'missing.gguf', 'missing.gguf'),
     ('rl.optim.weight_decay', ((r'scale', 0.0),), 'covered by none'),
+    ('log.every', 0, 'log.every=0 must be at least 1'),
+    ('models.policy.param_dtype', 'bfloat16', 'train float32 parameters'),
+    ('rl.algorithm.num_minibatches', 1000, 'num_minibatches=1000 is more than'),
+    ('pretrain.init', 'rl', 'an earlier phase .there is none.'),
+    ('phases', (('pretrain', 'rl'),), 'must end in how often it is repeated'),
+    ('task.num_swaps', 1, 'only .* different test problems'),
   ],
 )
 def test_bad_input_stops_at_start_with_one_clear_line(tmp_path, pool, field, value, says):
