@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from reasonrl import records, rl_math, types
+from reasonrl import records, rl_math, sharding, types
 
 Z95 = 1.959963984540054
 
@@ -70,27 +70,46 @@ def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int
   return max(stop - reach(start), 0)  # a single token may end one tag and start the other
 
 
-def summary(experience: types.Experience, tokenizer, prefill: str) -> dict[str, float]:
-  """Means over rollouts: reward, its parts, lengths, truncation. NaN rewards do not count."""
+def outcomes(experience: types.Experience, tokenizer, prefill: str) -> dict[str, np.ndarray]:
+  """What the metrics are made of: one number per rollout in every column, of all processes.
+
+  Groups are renumbered so that the order of the problems is that of the data, whose n-th problem
+  process n mod count has.
+  """
   completions = experience.completions
-  out = {'reward': _mean(experience.reward_R), 'reward_std': _std(experience.reward_R)}
-  out |= {f'reward/{name}': _mean(part_R) for name, part_R in experience.parts.items()}
-  lengths = [c.num_tokens for c in completions]
-  out['completion_length'] = float(np.mean(lengths))
-  out['think_length'] = float(np.mean([think_tokens(tokenizer, c, prefill) for c in completions]))
-  out['truncated'] = float(np.mean([c.stop == records.Stop.LENGTH for c in completions]))
-  out['eos_rate'] = float(np.mean([c.stop == records.Stop.EOS for c in completions]))
-  first_row_R = np.unique(experience.rollout_B, return_index=True)[1]
-  group_R = experience.group_B[first_row_R]
-  out['zero_variance_groups'] = rl_math.zero_variance_fraction(experience.reward_R, group_R)
-  out['unmasked_tokens'] = float(sum(lengths) - experience.mask_BT.sum())
+  sampled_R = np.bincount(experience.rollout_B, experience.mask_BT.sum(1))
+  mine = {
+    'group': experience.group_R,
+    'reward': experience.reward_R,
+    **{f'reward/{name}': part_R for name, part_R in experience.parts.items()},
+    'completion_length': [c.num_tokens for c in completions],
+    'think_length': [think_tokens(tokenizer, c, prefill) for c in completions],
+    'stop': [int(c.stop) for c in completions],
+    'unmasked_tokens': [c.num_tokens - n for c, n in zip(completions, sampled_R, strict=True)],
+  }
+  every = sharding.gather({name: np.asarray(column).tolist() for name, column in mine.items()})
+  for process, table in enumerate(every):
+    table['group'] = [g * len(every) + process for g in table['group']]
+  sizes = [len(table['group']) for table in every]
+  return types.concatenate_parts(every, sizes)
+
+
+def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
+  """Means over the rollouts of `outcomes`; NaN rewards do not count."""
+  out = {name: _mean(table[name]) for name in table if name.startswith('reward')}
+  out['reward_std'] = _std(table['reward'])
+  out['completion_length'] = _mean(table['completion_length'])
+  out['think_length'] = _mean(table['think_length'])
+  out['truncated'] = _mean(table['stop'] == records.Stop.LENGTH)
+  out['eos_rate'] = _mean(table['stop'] == records.Stop.EOS)
+  out['zero_variance_groups'] = rl_math.zero_variance_fraction(table['reward'], table['group'])
+  out['unmasked_tokens'] = float(table['unmasked_tokens'].sum())
   return out
 
 
 def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
   """`count` rollouts spread over the batch: rows of rollouts.jsonl without step and phase."""
-  rows_R = np.unique(experience.rollout_B, return_index=True)[1]
-  out = []
+  rows_R, out = experience.first_row_R, []
   for r in range(0, rows_R.size, max(rows_R.size // max(count, 1), 1))[:count]:
     example, completion, row = experience.examples[r], experience.completions[r], rows_R[r]
     mask_T = experience.mask_BT[row] > 0
@@ -122,12 +141,12 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dic
   greedy = {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
   for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
     experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
-    group_R = experience.group_B[np.unique(experience.rollout_B, return_index=True)[1]]
-    right_R = np.nan_to_num(experience.parts[cfg.correct])
-    right_P = np.bincount(group_R, right_R) / np.bincount(group_R)
+    table = outcomes(experience, tools.tokenizer, tools.prefill)
+    right_R = np.nan_to_num(table[f'reward/{cfg.correct}'])
+    right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
     low, high = wilson(accuracy, right_P.size)
-    found = summary(experience, tools.tokenizer, tools.prefill)
+    found = summary(table)
     found |= {'accuracy': accuracy, 'accuracy_low': low, 'accuracy_high': high}
     metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
     metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]

@@ -26,6 +26,15 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, such as configs/r1_zero.py:debug; --config.x=1 changes a field.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run, new or to be resumed.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'One run on several hosts: start the same command on each, with one --workdir'
+  ' on a disk that all of them see. TPU pods and Slurm know the rest; else give the next three.',
+)
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0.')
+_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the run has.')
+_PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
 def find_config(given: str) -> str:
@@ -92,6 +101,14 @@ def main(argv: list[str]) -> int:
     raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
   if _CONFIG.value is None:
     find_config('')
+  if _DISTRIBUTED.value and not _WORKDIR.value:
+    raise records.UserError('--distributed needs --workdir, a folder that every host sees')
+  by_hand = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  if by_hand != (None,) * 3 and (None in by_hand or not _DISTRIBUTED.value):
+    raise records.UserError(
+      '--coordinator, --num_processes and --process_id belong together, with --distributed; got '
+      f'{by_hand}'
+    )
   workdir = _WORKDIR.value or new_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
   print(f'workdir: {workdir}', flush=True)
   devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
@@ -103,6 +120,10 @@ def main(argv: list[str]) -> int:
   from reasonrl import rewarding
 
   with rewarding.Pool(config.rewarding.workers, config.rewarding.timeout_s) as pool:
+    if _DISTRIBUTED.value:
+      import jax
+
+      jax.distributed.initialize(*by_hand)
     from reasonrl import train
 
     code = train.run(config, workdir, pool)

@@ -3,13 +3,16 @@
 1. `make_mesh` builds the mesh, in this one place.
 2. `param_shardings` matches every parameter path against rules; an uncovered parameter is an error.
 3. Batches are split over data and fsdp; scored tokens over all three axes (see `ops`).
-4. `agree` makes a host decision the same on every process before device programs depend on it.
+4. With several processes (hosts), each holds its own rows of a batch, in the processes' order.
+   `agree` makes a host decision the same everywhere before device programs depend on it; `total`
+   and `gather` bring host values together.
 
 `jax.jit` with `NamedSharding` is what used to be called pjit.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -39,9 +42,19 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     )
   # Auto: make_mesh defaults to Explicit axes since jax 0.9, under which a product of two sharded
   # operands raises a ShardingTypeError instead of letting the compiler place the collectives.
-  return jax.make_mesh(
+  mesh = jax.make_mesh(
     tuple(sizes), types.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used]
   )
+  # The processes that hold each block of rows: row blocks must come in the order of the processes.
+  holders = [{d.process_index for d in row} for row in mesh.devices.reshape(-1, sizes[2])]
+  each, rest = divmod(len(holders), jax.process_count())
+  if rest or holders != [{p} for p in range(jax.process_count()) for _ in range(each)]:
+    raise records.UserError(
+      f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: each of the {jax.process_count()} '
+      'processes must hold rows of its own, so tensor must divide the devices of a process '
+      f'({jax.local_device_count()}) and data x fsdp be a multiple of the processes'
+    )
+  return mesh
 
 
 def path_of(key_path) -> str:
@@ -112,12 +125,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_rows(tree, mesh: Mesh):
   """Host arrays [B, ...] -> device arrays split over data and fsdp (B must be divisible)."""
   sharding = NamedSharding(mesh, types.ROWS)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+  with jax.transfer_guard_host_to_device('allow'):  # with several processes JAX calls it implicit
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def row_multiple(mesh: Mesh) -> int:
-  """Batches must have a multiple of this many rows."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
+  """The rows that a process gives to a batch must be a multiple of this."""
+  return mesh.shape['data'] * mesh.shape['fsdp'] // jax.process_count()
 
 
 def fetch(tree):
@@ -151,4 +165,14 @@ def total(value: float) -> float:
   """The sum over processes: a global denominator from local counts."""
   if jax.process_count() == 1:
     return value
-  return float(np.sum(multihost_utils.process_allgather(np.float64(value))))
+  return math.fsum(gather(value))
+
+
+def gather(value) -> list:
+  """The value of every process, in their order: anything that JSON can hold, NaN included."""
+  if jax.process_count() == 1:
+    return [value]
+  text = json.dumps(value).encode()
+  padded = text.ljust(agree(len(text)))
+  rows = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+  return [json.loads(row.tobytes()) for row in rows]

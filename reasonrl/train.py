@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -62,14 +63,15 @@ def supervised_steps(parts, phase, place, position, tally, params_of):
   del tally, params_of
   section = phase.section
   stream = data.Stream(parts.task, 'train', place[0], section.examples_per_step, position)
+  pack = functools.partial(wiring.pack, parts, section.row_length, section.rows_per_batch)
 
   def make(state, step):
     del state, step
     examples = wiring.augmented(parts, stream.next())
     seqs = [wiring.supervised_sequence(parts, section, example) for example in examples]
     trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
-    row = {'timing/tokens': sum(seq.tokens_L.size for seq in seqs)}
-    return [(pack(parts, section, seqs)[0], (trained,))], row, [], stream.position
+    row = {'timing/tokens': sharding.total(sum(seq.tokens_L.size for seq in seqs))}
+    return [(pack(seqs)[0], (trained,))], row, [], stream.position
 
   return make
 
@@ -81,15 +83,9 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
   wanted = section.prompts_per_step // jax.process_count()
   per_step = algorithm.num_iterations * algorithm.num_minibatches  # optimizer steps
   frozen = {'ref': params_of(section.reads.ref)} if 'ref_logp' in algorithm.needs else {}
-
-  def score(params, experience):
-    aux = {'weight': experience.mask_BT}
-    seqs = learner.sequences(experience.tokens_BT, experience.length_B, aux)
-    batches, where = pack(parts, section, seqs)
-    batches = [sharding.put_rows(batch, parts.mesh) for batch in batches]
-    logps = [sharding.fetch_rows(phase.learner.score(params, batch).logp) for batch in batches]
-    return learner.unpack(logps, seqs, where, experience.tokens_BT.shape)
-
+  shape = section.row_length, section.rows_per_batch
+  pack = functools.partial(wiring.pack, parts, *shape)
+  score = wiring.make_score(parts, phase.learner, *shape)
   examples = lambda: wiring.augmented(parts, stream.next())  # noqa: E731
   tools = wiring.make_tools(parts, section.trains, examples, 'train', place, score, tally)
 
@@ -104,7 +100,7 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
       groups += good.size
       if -sharding.agree(-groups) >= wanted:
         break
-    if not kept:
+    if -sharding.agree(-groups) == 0:  # on some process
       raise RuntimeError(
         f'{phase.name} step {step}: the algorithm kept no group of '
         f'{section.max_generation_batches} rollouts of {wanted} prompts'
@@ -120,16 +116,18 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
     adv_BT = algorithm.advantages(experience)
 
     updates, rows = [], experience.length_B.size
+    parts_per_pass = min(algorithm.num_minibatches, -sharding.agree(-rows))
     for iteration in range(algorithm.num_iterations):
       order = np.random.default_rng((parts.config.seed, *place, step, iteration)).permutation(rows)
-      for members in np.array_split(order, min(algorithm.num_minibatches, rows)):
+      for members in np.array_split(order, parts_per_pass):
         part = types.take_rows(experience, members)
         weight_BT, denominator = algorithm.weights(part)
         aux_BT = {'weight': weight_BT, 'adv': adv_BT[members], 'sampler_logp': part.logp_BT}
         seqs = learner.sequences(part.tokens_BT, part.length_B, aux_BT | part.scores)
-        updates.append((pack(parts, section, seqs)[0], (sharding.total(denominator),)))
-    row = evaluation.summary(experience, parts.tokenizer, parts.prompter.prefill)
-    row['timing/tokens'] = int(experience.length_B.sum())
+        updates.append((pack(seqs)[0], (sharding.total(denominator),)))
+    table = evaluation.outcomes(experience, parts.tokenizer, parts.prompter.prefill)
+    row = evaluation.summary(table)
+    row['timing/tokens'] = sharding.total(int(experience.length_B.sum()))
     samples = evaluation.transcripts(experience, adv_BT, parts.config.log.transcripts)
     return updates, row, samples, stream.position
 
@@ -142,12 +140,6 @@ def no_steps(parts, phase, place, position, tally, params_of):
 
 
 STEPS = {'supervised': supervised_steps, 'reinforce': reinforce_steps, 'evaluate': no_steps}
-
-
-def pack(parts, section, seqs):
-  """`learner.pack` with this section's shape on this mesh."""
-  rows = section.rows_per_batch // jax.process_count()
-  return learner.pack(seqs, section.row_length, rows, parts.mesh.shape['tensor'])
 
 
 # ------------------------------------------------------------------------------------ sentinels
@@ -298,9 +290,15 @@ def run_phase(
     where = {'step': before + step, 'phase': name, 'iteration': iteration}
     return where | {'phase_step': step, 'kind': kind}
 
-  def tell_failure(step):
-    if 'failure' in tally:
-      display.note(f'step {step}: a reward failed and counted 0: {tally.pop("failure")}')
+  def settle(step):
+    """Empties the tally: this process's times, and the failed rewards of all."""
+    every = sharding.gather(dict(tally))
+    row = {key: value for key, value in tally.items() if key.startswith('timing/')}
+    row |= {key: sum(t.get(key, 0) for t in every) for key in FAILURES if key in tally}
+    for failure in [t['failure'] for t in every if 'failure' in t][:1]:
+      display.note(f'step {step}: a reward failed and counted 0: {failure}')
+    tally.clear()
+    return row
 
   def flush():
     """Fetches and writes what the last dispatched step reported."""
@@ -340,14 +338,13 @@ def run_phase(
       if (last or due or index == step == 0) and not evaluated:
         flush()
         display.status('evaluating')
-        row, samples = held_out(section.trains, state.params, step, tally)
+        row, samples = held_out(phase, state.params, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
-        tell_failure(step)
-        row |= {'eval/best': best, **{f'eval/{key}': tally[key] for key in FAILURES}}
+        counts = settle(step)
+        row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}
         metrics.write(header('eval', step) | row)
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
         display.evaluation(f'after {name} step {step}', row)
-        tally.clear()
         clock = time.monotonic()
       evaluated = True
       if last:
@@ -356,9 +353,7 @@ def run_phase(
       if step == start:
         display.status('compiling')
       updates, row, samples, position = make(state, step)
-      tell_failure(step + 1)
-      row |= tally
-      tally.clear()
+      row |= settle(step + 1)
       evaluated, reports = False, []
       for batches, denominators in updates:
         state, report = student.update(state, batches, denominators)

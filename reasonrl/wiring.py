@@ -301,7 +301,7 @@ def check_sizes(parts: Parts, name: str, env) -> None:
       f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
       f'max_completion_length={env.max_completion_length}'
     )
-  rows = sharding.row_multiple(parts.mesh)
+  rows = parts.mesh.shape['data'] * parts.mesh.shape['fsdp']
   if section.kind != 'evaluate' and section.rows_per_batch % rows:
     raise records.UserError(
       f'{name}.rows_per_batch={section.rows_per_batch} does not divide over data x fsdp = '
@@ -357,6 +357,9 @@ def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir
 def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -> types.Tools:
   """The tools of an environment; `place` is (phase, iteration), part of every random key.
 
+  A reward either judges completions one by one or by group, in the pool of processes, or has
+  `batch(tools, state, experience) -> types.BatchScore`, which runs here and may use the models.
+
   `tally` collects the seconds spent in each tool and the rewards that failed.
   """
 
@@ -366,22 +369,33 @@ def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -
     tally['timing/sample_s'] += time.monotonic() - start
     return out
 
-  def reward(examples, completions, groups):
-    start = time.monotonic()
-    out = parts.pool.score(parts.rewards, examples, completions, groups)
+  def reward(state, experience):
+    start, found = time.monotonic(), []
+    device = {name: pair for name, pair in parts.rewards.items() if hasattr(pair[0], 'batch')}
+    host = {name: pair for name, pair in parts.rewards.items() if name not in device}
+    if host:
+      groups = experience.group_R.tolist()
+      out = parts.pool.score(host, experience.examples, experience.completions, groups)
+      dense = out.token_values and types.token_rewards(experience, out.token_values)
+      found.append(types.BatchScore(out.value, out.parts, dense))
+      tally['reward_timeouts'] += out.timeouts
+      tally['reward_errors'] += out.errors
+      if out.first_failure:
+        tally['failure'] = out.first_failure
+    for name, (fn, weight) in device.items():
+      value_R, named, dense = fn.batch(tools, state, experience)
+      named = {name: value_R} | {f'{name}/{part}': part_R for part, part_R in named.items()}
+      dense = None if dense is None else weight * dense
+      found.append(types.BatchScore(weight * value_R, named, dense))
     tally['timing/reward_s'] += time.monotonic() - start
-    tally['reward_timeouts'] += out.timeouts
-    tally['reward_errors'] += out.errors
-    if out.first_failure:
-      tally['failure'] = out.first_failure
     parts.poll()
-    return out
+    return types.rewarded(experience, found)
 
   def row_keys(step, prompt_R, sample_R, thread_R):
     seed = parts.config.seed
     return sampling.row_keys(seed, purpose, *place, step, prompt_R, sample_R, thread_R)
 
-  return types.Tools(
+  tools = types.Tools(
     task=parts.task,
     tokenizer=parts.tokenizer,
     sampler=parts.samplers[model],
@@ -393,6 +407,27 @@ def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -
     score=score,
     reward=reward,
   )
+  return tools
+
+
+def pack(parts: Parts, row_length: int, rows: int, seqs):
+  """`learner.pack` into micro-batches of `rows` rows over all processes."""
+  each = rows // jax.process_count()
+  return learner.pack(seqs, row_length, each, parts.mesh.shape['tensor'])
+
+
+def make_score(parts: Parts, student: learner.Learner, row_length: int, rows: int):
+  """(params, experience) -> logp_BT of the policy tokens, at the learner's temperature."""
+
+  def score(params, experience):
+    aux = {'weight': experience.mask_BT}
+    seqs = learner.sequences(experience.tokens_BT, experience.length_B, aux)
+    batches, where = pack(parts, row_length, rows, seqs)
+    batches = [sharding.put_rows(batch, parts.mesh) for batch in batches]
+    logps = [sharding.fetch_rows(student.score(params, batch).logp) for batch in batches]
+    return learner.unpack(logps, seqs, where, experience.tokens_BT.shape)
+
+  return score
 
 
 def supervised_sequence(parts: Parts, section, example) -> types.Sequence:
@@ -426,16 +461,25 @@ def distinct_examples(task, split: str, count: int) -> list[records.Example]:
 
 
 def make_held_out(parts: Parts):
-  """(model, params, version, tally) -> metrics and transcripts on the first test examples."""
-  found = distinct_examples(parts.task, 'test', parts.evaluation.num_examples)
-  examples = augmented(parts, found[jax.process_index() :: jax.process_count()])
+  """(phase, params, version, tally) -> metrics and transcripts on the first test examples."""
+  count, n = parts.evaluation.num_examples, jax.process_count()
+  if count % n:
+    raise records.UserError(f'evaluation.num_examples={count} does not divide over {n} processes')
+  found = distinct_examples(parts.task, 'test', count)
+  examples = augmented(parts, found[jax.process_index() :: n])
   for example in examples:  # a prompt that does not fit stops the run now, not in an hour
     parts.prompter.render(parts.tokenizer, example)
 
-  def held_out(model, params, version, tally):
-    tools = make_tools(parts, model, lambda: examples, 'eval', (0, 0), None, tally)
+  env = parts.evaluation_env
+  window = types.padded(parts.prompter.max_length) + env.max_completion_length
+  rows = 8 * parts.mesh.shape['data'] * parts.mesh.shape['fsdp']  # 8 a device
+
+  def held_out(phase, params, version, tally):
+    score = make_score(parts, phase.learner, window, rows)
+    model = phase.section.trains
+    tools = make_tools(parts, model, lambda: examples, 'eval', (0, 0), score, tally)
     named = {'params': params, 'version': version}
-    metrics, found = evaluation.evaluate(parts.evaluation, parts.evaluation_env, tools, named)
+    metrics, found = evaluation.evaluate(parts.evaluation, env, tools, named)
     shown = [
       {'mode': mode, **sample}
       for mode, experience in found.items()

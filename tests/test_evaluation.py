@@ -140,8 +140,12 @@ def sample(rewards=(1.0, 0.0, 0.5, 0.5), lengths=(1, 3, 2, 2)):
   return dataclasses.replace(found, completions=(found.completions[0], cut, *found.completions[2:]))
 
 
+def summary(experience):
+  return evaluation.summary(evaluation.outcomes(experience, BYTES, ''))
+
+
 def test_summary_by_hand():
-  got = evaluation.summary(sample(), BYTES, '')
+  got = summary(sample())
   assert got == pytest.approx(
     {
       'reward': 0.5,
@@ -158,11 +162,11 @@ def test_summary_by_hand():
 
 
 def test_summary_leaves_nan_rewards_out():
-  got = evaluation.summary(sample((1.0, np.nan, 0.5, np.nan)), BYTES, '')
+  got = summary(sample((1.0, np.nan, 0.5, np.nan)))
   assert got['reward'] == got['reward/accuracy'] == 0.75
   assert got['reward_std'] == 0.25
   assert got['zero_variance_groups'] == 1.0
-  assert math.isnan(evaluation.summary(sample((np.nan,) * 4), BYTES, '')['reward'])
+  assert math.isnan(summary(sample((np.nan,) * 4))['reward'])
 
 
 def test_summary_counts_sampled_tokens_outside_the_mask():
@@ -170,7 +174,21 @@ def test_summary_counts_sampled_tokens_outside_the_mask():
   source = found.source_BT.copy()
   source[1, 3] = types.ENVIRONMENT
   changed = dataclasses.replace(found, source_BT=source)
-  assert evaluation.summary(changed, BYTES, '')['unmasked_tokens'] == 1.0
+  assert summary(changed)['unmasked_tokens'] == 1.0
+
+
+def test_outcomes_of_two_processes_are_in_the_order_of_the_data(monkeypatch):
+  # Of problems 0, 1, 2, 3 process 0 has 0 and 2, process 1 has 1 and 3; its reward named a part.
+  def gather(mine):
+    other = {name: [10 + x for x in column] for name, column in mine.items()}
+    return [mine, other | {'group': mine['group'], 'reward/accuracy/part': [0.5] * 4}]
+
+  monkeypatch.setattr(evaluation.sharding, 'gather', gather)
+  table = evaluation.outcomes(sample(), BYTES, '')
+  assert table['group'].tolist() == [0, 0, 2, 2, 1, 1, 3, 3]
+  assert table['reward'].tolist() == [1.0, 0.0, 0.5, 0.5, 11.0, 10.0, 10.5, 10.5]
+  assert np.isnan(table['reward/accuracy/part'][:4]).all()
+  assert evaluation.summary(table)['reward/accuracy/part'] == 0.5
 
 
 def test_transcripts_pair_rows_with_their_rollouts():

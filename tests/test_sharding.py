@@ -148,6 +148,7 @@ def test_rows_go_out_and_come_back(name):
 
 def test_one_process_agrees_with_itself():
   assert sharding.agree(7) == 7 and sharding.total(2.5) == 2.5
+  assert sharding.gather({'a': [1.0]}) == [{'a': [1.0]}]
 
 
 # ------------------------------------------------------------------------------------ placement

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from reasonrl import records, rewarding, train
+from reasonrl import records, rewarding, train, types
 from reasonrl.algorithms import grpo
 from reasonrl.configs import common, r1_zero
 
@@ -126,6 +126,29 @@ def test_the_loop_refills_until_enough_groups_are_kept(tmp_path, pool, monkeypat
   # Three rollouts of 4 prompts, one group of 4 samples kept of each: prompts 0, 4 and 8.
   assert {r['index'] for r in shown if r['kind'] == 'train'} == {0, 4, 8}
   assert row['tokens'] <= 3 * 4 * config.rl.env.max_completion_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Likely:
+  """A reward that needs the policy: the log-probability of what it wrote."""
+
+  def batch(self, tools, state, experience):
+    logp_BT = tools.score(state['params'], experience)
+    np.testing.assert_allclose(logp_BT, experience.logp_BT, atol=1e-4)
+    logp_R = np.bincount(experience.rollout_B, logp_BT.sum(1)).astype(np.float32)
+    return types.BatchScore(logp_R, {'twice': 2 * logp_R}, logp_BT)
+
+
+def test_a_reward_may_use_the_models(tmp_path, pool, monkeypatch):
+  monkeypatch.setitem(train.REWARDS, 'likely', Likely)
+  config = short(rl__steps=1)
+  config.rewards.likely = {'weight': 0.5}
+  assert train.run(config, str(tmp_path / 'run'), pool) == 0
+  for row in rows_of(tmp_path / 'run', 'train') + rows_of(tmp_path / 'run', 'eval'):
+    at = 'eval/sampled/reward' if row['kind'] == 'eval' else 'reward'
+    assert row[f'{at}/likely'] < 0 and row[f'{at}/likely/twice'] == 2 * row[f'{at}/likely']
+    parts = 0.5 * row[f'{at}/likely'] + row[f'{at}/accuracy'] + row[f'{at}/r1_format']
+    assert row[at] == pytest.approx(parts, abs=1e-5)
 
 
 def test_sentinels():

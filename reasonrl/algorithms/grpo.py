@@ -73,10 +73,9 @@ class GRPO:
 
   def advantages(self, experience: types.Experience) -> np.ndarray:
     """One advantage per rollout, the same on each of its tokens: float32 [B, T]."""
-    first_row_R = np.unique(experience.rollout_B, return_index=True)[1]
     adv_R = rl_math.group_advantages(
       experience.reward_R,
-      experience.group_B[first_row_R],
+      experience.group_R,
       self.scale_rewards,
       self.std_ddof,
       self.advantage_eps,

@@ -3,6 +3,13 @@
 A reward is a frozen, picklable dataclass called with (example, completion), or with the lists of a
 whole group if its class says `group = True`; it returns a Score or a list of them. It is pure,
 takes linear time and raises on no string. `rewarding.Pool` runs it in a process that can be killed.
+
+A reward that needs the models (a reward model, an information gain) has instead
+
+    batch(tools, state, experience) -> types.BatchScore
+
+and judges all rollouts of an experience in the trainer's process; `tools` and `state` are those of
+the environment, and `tools.score(params, experience)` gives log-probabilities.
 """
 
 from reasonrl.rewards import answer, format
