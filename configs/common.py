@@ -94,7 +94,7 @@ def model(size: str) -> ConfigDict:
 
 def tokenizer(kind: str) -> ConfigDict:
   """'sentencepiece' (trained on the task's corpus unless `path` is set), 'bytes', 'gguf',
-  'tokenizer_json'."""
+  'tokenizer_json', 'saved' (`path`: the tokenizer/ folder of a run)."""
   return ConfigDict(
     {
       'kind': kind,
@@ -227,6 +227,7 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       'env': single_turn(),
       'algorithm': algorithm(preset),
       'max_generation_batches': 1,  # rollouts per step while the algorithm keeps too few groups
+      'shuffle_rewards': False,  # a control: rewards of a step go to random rollouts of it
       'row_length': 128,  # at least prompt.max_length + max_completion_length
       'rows_per_batch': 8,
       'eval_every': 20,
@@ -258,7 +259,10 @@ def single_turn() -> ConfigDict:
 
 
 def evaluation() -> ConfigDict:
-  """Held-out pass@1 on distinct test problems: greedy, and sampled as `env` says."""
+  """Held-out pass@1 on distinct test problems: greedy, and sampled as `env` says.
+
+  With env.num_generations above 1 also pass@k and majority@k for the powers of two up to it.
+  """
   section = ConfigDict(
     {
       'num_examples': 1024,

@@ -1,4 +1,5 @@
-"""Held-out evaluation: pass@1, greedy and sampled, with intervals, lengths and truncation.
+"""Held-out evaluation: pass@1, greedy and sampled, with intervals, lengths and truncation; and with
+several samples of a problem pass@k and the vote of k.
 
 An evaluation is a rollout of an environment on test examples. Its random keys do not depend on the
 step, so two evaluations differ by their parameters alone.
@@ -6,6 +7,7 @@ step, so two evaluations differ by their parameters alone.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 
@@ -29,6 +31,39 @@ def wilson(p: float, n: int) -> tuple[float, float]:
   centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
   half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
   return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(n: int, c, k: int) -> np.ndarray:
+  """Unbiased chance that of k of n samples, c of them right, one is right (arXiv 2107.03374 eq. 1).
+
+      1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n - c + 1}^{n} (1 - k / i)
+
+  Args:
+    n: samples of each problem.
+    c: int [P], how many of them are right.
+    k: at most n.
+  """
+  i = np.arange(1, n + 1)
+  factors = np.where(i > n - np.asarray(c)[:, None], 1 - k / i, 1.0)
+  return 1 - np.maximum(factors, 0.0).prod(1)  # fewer than k wrong ones: some factor is <= 0
+
+
+def majority(answers, right) -> float:
+  """1 if the largest group of equal answers is right, else 0 (self-consistency, arXiv 2203.11171).
+
+  A tie goes to the group whose first member comes first; None is no answer and has no vote.
+  """
+  votes = collections.Counter(answer for answer in answers if answer is not None)
+  if not votes:
+    return 0.0
+  winner = votes.most_common(1)[0][0]  # of equal counts the one first met
+  return float(right[list(answers).index(winner)])
+
+
+def votes(answers, right, k: int) -> float:
+  """Mean of `majority` over the blocks of k consecutive samples; what is left over is not used."""
+  starts = range(0, len(answers) - k + 1, k)
+  return float(np.mean([majority(answers[i : i + k], right[i : i + k]) for i in starts]))
 
 
 def paired_gain(before, after) -> tuple[float, float, float]:
@@ -70,11 +105,13 @@ def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int
   return max(stop - reach(start), 0)  # a single token may end one tag and start the other
 
 
-def outcomes(experience: types.Experience, tokenizer, prefill: str) -> dict[str, np.ndarray]:
+def outcomes(
+  experience: types.Experience, tokenizer, prefill: str, answer=None
+) -> dict[str, np.ndarray]:
   """What the metrics are made of: one number per rollout in every column, of all processes.
 
   Groups are renumbered so that the order of the problems is that of the data, whose n-th problem
-  process n mod count has.
+  process n mod count has. `answer`: completion -> what it votes for, a column if it is given.
   """
   completions = experience.completions
   sampled_R = np.bincount(experience.rollout_B, experience.mask_BT.sum(1))
@@ -87,6 +124,8 @@ def outcomes(experience: types.Experience, tokenizer, prefill: str) -> dict[str,
     'stop': [int(c.stop) for c in completions],
     'unmasked_tokens': [c.num_tokens - n for c, n in zip(completions, sampled_R, strict=True)],
   }
+  if answer is not None:
+    mine['answer'] = [answer(c) for c in completions]
   every = sharding.gather({name: np.asarray(column).tolist() for name, column in mine.items()})
   for process, table in enumerate(every):
     table['group'] = [g * len(every) + process for g in table['group']]
@@ -102,6 +141,7 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
   out['think_length'] = _mean(table['think_length'])
   out['truncated'] = _mean(table['stop'] == records.Stop.LENGTH)
   out['eos_rate'] = _mean(table['stop'] == records.Stop.EOS)
+  out['stopped_length'] = _mean(table['completion_length'][table['stop'] == records.Stop.EOS])
   out['zero_variance_groups'] = rl_math.zero_variance_fraction(table['reward'], table['group'])
   out['unmasked_tokens'] = float(table['unmasked_tokens'].sum())
   return out
@@ -129,8 +169,11 @@ def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
   return out
 
 
-def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dict, dict]:
+def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, answer) -> tuple[dict, dict]:
   """Greedy and sampled results on the same test examples.
+
+  Args:
+    answer: completion -> the answer it votes for, or None, for majority@k; None: there is no vote.
 
   Returns:
     metrics: 'eval/{greedy,sampled}/{accuracy, accuracy_low, accuracy_high, ...}', and 'outcomes',
@@ -141,17 +184,36 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dic
   greedy = {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
   for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
     experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
-    table = outcomes(experience, tools.tokenizer, tools.prefill)
+    table = outcomes(experience, tools.tokenizer, tools.prefill, answer)
     right_R = np.nan_to_num(table[f'reward/{cfg.correct}'])
     right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
     low, high = wilson(accuracy, right_P.size)
     found = summary(table)
     found |= {'accuracy': accuracy, 'accuracy_low': low, 'accuracy_high': high}
+    for name, right in (('right', right_R == 1), ('wrong', right_R != 1)):
+      found[f'{name}_length'] = _mean(table['completion_length'][right])
+    found |= _of_several(table, right_R)
     metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
     metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]
     experiences[mode] = experience
   return metrics, experiences
+
+
+def _of_several(table, right_R) -> dict[str, float]:
+  """pass@k and majority@k for k = 2, 4, ... up to the samples of a problem."""
+  members = [np.flatnonzero(table['group'] == g) for g in np.unique(table['group'])]
+  n = min(rows.size for rows in members)
+  right_PN = np.stack([right_R[rows[:n]] for rows in members])
+  found, k = {}, 2
+  while k <= n:
+    found[f'pass@{k}'] = float(pass_at_k(n, right_PN.sum(1), k).mean())
+    if 'answer' in table:
+      answers = [table['answer'][rows[:n]].tolist() for rows in members]
+      each = [votes(a, r, k) for a, r in zip(answers, right_PN, strict=True)]
+      found[f'majority@{k}'] = float(np.mean(each))
+    k *= 2
+  return found
 
 
 def _mean(values) -> float:

@@ -96,26 +96,19 @@ def new_workdir(config_file: str) -> str:
   return f'runs/{name}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
-def main(argv: list[str]) -> int:
-  if argv[1:]:
-    raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
-  if _CONFIG.value is None:
-    find_config('')
-  if _DISTRIBUTED.value and not _WORKDIR.value:
-    raise records.UserError('--distributed needs --workdir, a folder that every host sees')
+def start(config, workdir: str) -> int:
+  """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code."""
   by_hand = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if by_hand != (None,) * 3 and (None in by_hand or not _DISTRIBUTED.value):
     raise records.UserError(
       '--coordinator, --num_processes and --process_id belong together, with --distributed; got '
       f'{by_hand}'
     )
-  workdir = _WORKDIR.value or new_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
   print(f'workdir: {workdir}', flush=True)
   devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
   if 'JAX_PLATFORMS' not in os.environ and importlib.util.find_spec('libtpu') and not devices:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu would look for a TPU, loudly
     print('no accelerator found: running on the CPU', flush=True)
-  config = _CONFIG.value
 
   from reasonrl import rewarding
 
@@ -137,11 +130,27 @@ def main(argv: list[str]) -> int:
   return code
 
 
-if __name__ == '__main__':
+def main(argv: list[str]) -> int:
+  if argv[1:]:
+    raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
+  if _CONFIG.value is None:
+    find_config('')
+  if _DISTRIBUTED.value and not _WORKDIR.value:
+    raise records.UserError('--distributed needs --workdir, a folder that every host sees')
+  workdir = _WORKDIR.value or new_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
+  return start(_CONFIG.value, workdir)
+
+
+def guarded(main, parser) -> None:
+  """Runs a program of this library: bad input is one line and exit code 2."""
   try:
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parser)
   except (records.UserError, flags.Error) as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(130)
+
+
+if __name__ == '__main__':
+  guarded(main, parse)

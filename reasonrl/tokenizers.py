@@ -1,7 +1,8 @@
 """Text to token ids and back: one protocol, three back ends.
 
 1. `build` makes a tokenizer from the config: `sentencepiece` (trained on the task's texts, or a
-   given .model), `bytes`, `gguf` (the byte-level BPE inside a GGUF file) or `tokenizer_json`.
+   given .model), `bytes`, `gguf` (the byte-level BPE inside a GGUF file), `tokenizer_json`, or
+   `saved`, another run's.
 2. It is saved into the workdir; a resumed run calls `load`, which sees what was saved.
 3. Trusted text (templates) goes through `encode`, text of others through `encode_user`.
 
@@ -30,7 +31,7 @@ import sentencepiece
 
 from reasonrl import records
 
-KINDS = ('bytes', 'gguf', 'sentencepiece', 'tokenizer_json')
+KINDS = ('bytes', 'gguf', 'saved', 'sentencepiece', 'tokenizer_json')
 MODEL_TYPES = ('bpe', 'char', 'unigram')
 SMOLLM2 = 'smollm2-135m-instruct'
 
@@ -456,7 +457,7 @@ def build(
   Args:
     kind: one of KINDS.
     path: a .model file ('' trains one); a GGUF file ('' or a name, see `find_gguf`); a
-      tokenizer.json; unused by 'bytes'.
+      tokenizer.json; the tokenizer/ folder of a run; unused by 'bytes'.
     vocab_size: of a trained sentencepiece model, as are the rest; see `SentencePiece.train`.
     model_type: see there.
     byte_fallback: see there.
@@ -469,6 +470,8 @@ def build(
   """
   if kind == 'bytes':
     return Bytes()
+  if kind == 'saved':
+    return load(path)
   if kind == 'gguf':
     return ByteLevelBPE.from_gguf(path)
   if kind == 'tokenizer_json':

@@ -106,6 +106,10 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
         f'{section.max_generation_batches} rollouts of {wanted} prompts'
       )
     experience = types.concatenate(kept) if len(kept) > 1 else kept[0]
+    if section.shuffle_rewards:
+      rng = np.random.default_rng((parts.config.seed, *place, step, jax.process_index()))
+      shuffled_R = rng.permutation(experience.reward_R)
+      experience = dataclasses.replace(experience, reward_R=shuffled_R)
     sources = {'old_logp': 'params', 'ref_logp': 'ref'}
     scores = {
       name: tools.score(named[source], experience)
@@ -368,6 +372,9 @@ def run_phase(
 
   # ---- the phase's final parameters, outside checkpoint retention; they mark its end
   kept = path / 'phases' / wiring.kept_name(flat, index)
+  if section.kind == 'evaluate':  # it has none of its own
+    kept.mkdir(parents=True, exist_ok=True)
+    return best
   if state.ema is not None:
     checkpoint.save_params(kept.with_name(f'{kept.name}-ema'), state.ema)
   checkpoint.save_params(kept, state.params)

@@ -188,7 +188,7 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
   """Builds a phase and refuses what cannot run."""
   section, mesh = parts.config[name], parts.mesh
   lookup(parts.models, section.trains, f'{name}.trains')
-  check_source(flat, name, section.init, f'{name}.init')
+  check_source(parts.config, flat, name, section.init, f'{name}.init')
   env = algorithm = prepare = None
   starts_at_reference = False
   if section.kind != 'evaluate' and parts.models[section.trains].param_dtype != 'float32':
@@ -206,7 +206,7 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
     algorithm.check(env.num_generations)
     for role, source in section.reads.items():
       lookup(parts.models, source.model, f'{name}.reads.{role}.model')
-      check_source(flat, name, source.init, f'{name}.reads.{role}.init')
+      check_source(parts.config, flat, name, source.init, f'{name}.reads.{role}.init')
     ref = section.reads.ref
     if parts.models[ref.model] != parts.models[section.trains]:
       raise records.UserError(
@@ -248,10 +248,11 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
   return Phase(name, section, env, algorithm, student, starts_at_reference)
 
 
-def check_source(flat, name: str, source: str, what: str) -> None:
+def check_source(config, flat, name: str, source: str, what: str) -> None:
   """Refuses a source of parameters that would not be there when the phase `name` first begins."""
   names = [n for n, _ in flat]
-  earlier = list(dict.fromkeys(names[: names.index(name)]))
+  before = dict.fromkeys(names[: names.index(name)])
+  earlier = [n for n in before if config[n].kind != 'evaluate']  # which keeps no parameters
   if source not in ('previous', 'scratch', *earlier):
     if not source or not pathlib.Path(source).is_dir():
       raise records.UserError(
@@ -344,7 +345,8 @@ def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir
   """
   runs = [i for i in range(index) if flat[i][0] == source]
   if source == 'previous':
-    runs = [i for i in range(index) if parts.phases[flat[i][0]].section.trains == model]
+    sections = [parts.phases[name].section for name, _ in flat[:index]]
+    runs = [i for i, s in enumerate(sections) if s.trains == model and s.kind != 'evaluate']
   if source == 'scratch' or (source == 'previous' and not runs):
     return start_params(parts, model)
   folder = workdir / 'phases' / kept_name(flat, runs[-1]) if runs else pathlib.Path(source)
@@ -471,6 +473,7 @@ def make_held_out(parts: Parts):
     parts.prompter.render(parts.tokenizer, example)
 
   env = parts.evaluation_env
+  answer = getattr(parts.rewards[parts.evaluation.correct][0], 'answer', None)
   window = types.padded(parts.prompter.max_length) + env.max_completion_length
   rows = 8 * parts.mesh.shape['data'] * parts.mesh.shape['fsdp']  # 8 a device
 
@@ -479,7 +482,7 @@ def make_held_out(parts: Parts):
     model = phase.section.trains
     tools = make_tools(parts, model, lambda: examples, 'eval', (0, 0), score, tally)
     named = {'params': params, 'version': version}
-    metrics, found = evaluation.evaluate(parts.evaluation, env, tools, named)
+    metrics, found = evaluation.evaluate(parts.evaluation, env, tools, named, answer)
     shown = [
       {'mode': mode, **sample}
       for mode, experience in found.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -39,6 +40,48 @@ def test_paired_gain_by_hand():
   # gains 1, 0, 0, 1: mean .5, sd (ddof 1) .577350, 1.959964 * .577350 / 2 = .565793
   gain, low, high = evaluation.paired_gain([0, 0, 1, 0], [1, 0, 1, 1])
   assert (gain, low, high) == pytest.approx((0.5, -0.065793, 1.065793), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  'n, c, k, want',
+  [
+    (5, 2, 2, 0.7),  # 1 - C(3,2)/C(5,2) = 1 - 3/10
+    (16, 4, 8, 0.961538),  # 1 - C(12,8)/C(16,8) = 1 - 495/12870
+    (4, 0, 3, 0.0),
+    (4, 1, 4, 1.0),
+    (4, 2, 3, 1.0),  # only two wrong ones
+    (4, 3, 1, 0.75),
+  ],
+)
+def test_pass_at_k_by_hand(n, c, k, want):
+  assert evaluation.pass_at_k(n, [c], k) == pytest.approx([want], abs=1e-6)
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+  right = np.array([1, 0, 0, 1, 0, 0])
+  for k in range(1, 7):
+    subsets = [right[list(s)].any() for s in itertools.combinations(range(6), k)]
+    assert evaluation.pass_at_k(6, [2], k) == pytest.approx([np.mean(subsets)])
+
+
+@pytest.mark.parametrize(
+  'answers, right, want',
+  [
+    (['3', '5', '5', None, '3'], [1, 0, 0, 0, 1], 1.0),  # a tie: the one seen first
+    (['5', '3', '5', None, '3'], [0, 1, 0, 0, 1], 0.0),
+    ([None, None], [0, 0], 0.0),
+    ([None, None, None, '3'], [0, 0, 0, 1], 1.0),  # no answer has no vote
+  ],
+)
+def test_majority_by_hand(answers, right, want):
+  assert evaluation.majority(answers, right) == want
+
+
+def test_votes_use_blocks():
+  answers, right = ['a', 'b', 'b', 'a', 'a', 'c'], np.array([1, 0, 0, 1, 1, 0])
+  assert evaluation.votes(answers, right, 3) == 0.5  # b wins the first block, a the second
+  assert evaluation.votes(answers, right, 4) == 1.0  # a ties with b and came first
+  assert evaluation.votes(answers, right, 1) == 0.5
 
 
 def test_pairing_removes_the_spread_between_problems():
@@ -155,6 +198,7 @@ def test_summary_by_hand():
       'think_length': 0.5,
       'truncated': 0.25,
       'eos_rate': 0.75,
+      'stopped_length': 5 / 3,
       'zero_variance_groups': 0.5,
       'unmasked_tokens': 0.0,
     }
@@ -235,7 +279,8 @@ def test_evaluate_greedy_and_sampled():
   asked = []
   tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
-  metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {})
+  votes = lambda completion: completion.text  # noqa: E731 - each its own: the first one wins
+  metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {}, votes)
   # The same random keys at every evaluation: the step they see is 0.
   assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]
   assert metrics['eval/greedy/outcomes'] == [1.0, 0.0, 1.0]
@@ -245,5 +290,10 @@ def test_evaluate_greedy_and_sampled():
   low, high = evaluation.wilson(1 / 3, 3)  # problems count, not samples
   assert metrics['eval/sampled/accuracy_low'] == pytest.approx(low)
   assert metrics['eval/sampled/accuracy_high'] == pytest.approx(high)
+  assert metrics['eval/sampled/pass@2'] == pytest.approx(2 / 3)
+  assert metrics['eval/sampled/majority@2'] == pytest.approx(1 / 3)  # samples 0,1 | 0,0 | 1,nan
+  assert not [name for name in metrics if name.startswith('eval/greedy/pass@')]
+  plain, _ = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, []), tools, {}, None)
+  assert set(metrics) - set(plain) == {'eval/sampled/majority@2'}
   assert metrics['eval/sampled/completion_length'] == 2.0
   assert found['sampled'].reward_R.size == 6 and found['greedy'].reward_R.size == 3

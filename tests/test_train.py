@@ -151,6 +151,24 @@ def test_a_reward_may_use_the_models(tmp_path, pool, monkeypatch):
     assert row[at] == pytest.approx(parts, abs=1e-5)
 
 
+def test_shuffled_rewards_reach_the_advantages_and_no_metric(tmp_path, pool, monkeypatch):
+  monkeypatch.setitem(train.REWARDS, 'likely', Likely)  # one that tells all rollouts apart
+  rows = {}
+  for shuffle in (False, True):
+    config = short(rl__steps=1, rl__shuffle_rewards=shuffle, log__transcripts=16)
+    config.rewards.likely = {'weight': 0.5}
+    workdir = tmp_path / str(shuffle)
+    assert train.run(config, str(workdir), pool) == 0
+    shown = [json.loads(line) for line in (workdir / 'rollouts.jsonl').open()]
+    rows[shuffle] = rows_of(workdir, 'train')[0], [s for s in shown if s['kind'] == 'train']
+  (plain, told), (row, mixed) = rows[False], rows[True]
+  assert row['reward/likely'] == plain['reward/likely']
+  assert row['grad_norm'] != plain['grad_norm']
+  assert [s['completion'] for s in mixed] == [s['completion'] for s in told]
+  rewards = lambda samples: [s['reward'] for s in samples]  # noqa: E731
+  assert rewards(mixed) != rewards(told) and sorted(rewards(mixed)) == sorted(rewards(told))
+
+
 def test_sentinels():
   row = {'finite': 1.0, 'mismatch/max': 9e-5, 'mismatch/mean': 0.0, 'kl': 0.0}
   row['unmasked_tokens'] = 0.0
@@ -172,6 +190,7 @@ def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool)
   assert train.run(config, str(tmp_path / 'run'), pool) == 0
   phases = [(row['phase'], row['phase_step']) for row in rows_of(tmp_path / 'run', 'eval')]
   assert phases == [('look', 0), ('rl', 1)]
+  assert not list((tmp_path / 'run' / 'phases' / 'look').iterdir())  # it has no parameters to keep
   (row,) = rows_of(tmp_path / 'run', 'train')
   assert row['kl'] < 1e-5  # step 0: the reference is the same parameters
   assert row['mismatch/max'] < 1e-4

@@ -126,7 +126,9 @@ def equal(gold: str, answer: str) -> bool:
 class Accuracy:
   """1 if the completion states the gold answer, else 0; None if the gold has no normal form.
 
-  Its part `extracted` says whether any answer was found (arXiv 2501.12948, accuracy reward).
+  (arXiv 2501.12948, accuracy reward.) Its parts say whether any answer was found (`extracted`), and
+  whether the whole text, read leniently, states the gold answer (`lenient`): what `lenient` has
+  above the reward is right but not in the form that was asked for.
   """
 
   group: ClassVar[bool] = False
@@ -145,12 +147,21 @@ class Accuracy:
     gold = normalise(example.answer)
     if gold is None:
       return records.Score(None, {}, None)
+    found = self._extract(completion)
+    stopped = completion.stop == records.Stop.EOS or not self.require_stop
+    right = stopped and found is not None and normalise(found) == gold
+    lenient = normalise(extract_lenient(completion.text) or '') == gold
+    parts = {'extracted': float(found is not None), 'lenient': float(lenient)}
+    return records.Score(float(right), parts, None)
+
+  def answer(self, completion: records.Completion) -> str | None:
+    """What the completion votes for: equal answers are equal strings. None: it has no answer."""
+    return normalise(self._extract(completion) or '')
+
+  def _extract(self, completion: records.Completion) -> str | None:
     text = completion.text
     if self.after_think:
       _, closed, text = text.rpartition(records.THINK_CLOSE)
       if not closed or records.THINK_OPEN in text:
         text = ''
-    found = EXTRACTIONS[self.extraction](text)
-    stopped = completion.stop == records.Stop.EOS or not self.require_stop
-    right = stopped and found is not None and normalise(found) == gold
-    return records.Score(float(right), {'extracted': float(found is not None)}, None)
+    return EXTRACTIONS[self.extraction](text)
