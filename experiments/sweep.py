@@ -3,12 +3,12 @@
   python experiments/sweep.py --config=configs/r1_zero.py --to=runs/seeds --max_parallel=2 \
     --sweep=experiments/r1_zero_shuffled_objects/sweep.py
 
-1. The sweep file is plain Python. Either it lists its trials: `def sweep(add)` calls
+1. The sweep file is plain Python. `def sweep(add)` lists its trials: it calls
    `add(**{'seed': 1, 'rl.env.num_generations': 2})` for each; the keys are config fields, `name=`
-   and `config=` give a trial a folder name and a config of its own. Or it searches: `def
-   search(trial)` draws with Optuna's `trial.suggest_*` and returns such a dict, and `--trials` of
-   them maximise `--metric`. `--config.x=` on the command line holds for all trials.
-2. Every trial of a list is checked, names and types, before the first one starts.
+   and `config=` give a trial its own folder name and config. `def search(trial)` instead draws
+   with Optuna's `trial.suggest_*` and returns such a dict; `--trials` of them maximise `--metric`.
+   `--config.x=` on the command line holds for all trials.
+2. Every listed trial is checked, names and types, before the first one starts.
 3. A trial is a process `python -m reasonrl.main ... --workdir=<to>/<trial>` that writes to
    <to>/<trial>.log. <to>/sweep.jsonl gets a line for every attempt. What finished is skipped, what
    was interrupted goes on, what crashed is retried; bad input (exit code 2) ends the sweep.
@@ -34,8 +34,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
 
 import rich.console
 import rich.table
@@ -48,13 +48,13 @@ _SWEEP = flags.DEFINE_string('sweep', '', 'Python file with sweep(add) or search
 _TO = flags.DEFINE_string('to', '', 'Folder of the sweep, new or to be resumed.')
 _PARALLEL = flags.DEFINE_integer('max_parallel', 1, 'Trials at a time.', lower_bound=1)
 _RETRIES = flags.DEFINE_integer('retries', 1, 'New attempts after a crash.', lower_bound=0)
-_CHIPS = flags.DEFINE_enum('chips_per_trial', None, ['1', '2', '4'], 'TPU chips of a trial.')
-_TRIALS = flags.DEFINE_integer('trials', 20, 'Trials of a search over all starts.', lower_bound=1)
+_CHIPS = flags.DEFINE_enum('chips_per_trial', None, ['1', '2', '4'], 'TPU chips of each trial.')
+_TRIALS = flags.DEFINE_integer('trials', 20, 'Trials of a search, earlier ones too.', lower_bound=1)
 _METRIC = flags.DEFINE_string('metric', 'eval/sampled/accuracy', 'What a search maximises.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print the commands, start nothing.')
 
 COLUMNS = ('eval/sampled/accuracy', 'eval/greedy/accuracy', 'eval/sampled/think_length')
-BOUNDS = {1: '1,1,1', 2: '1,2,1', 4: '2,2,1'}  # chips of one process -> their shape on the host
+BOUNDS = {1: '1,1,1', 2: '1,2,1', 4: '2,2,1'}  # chips of a process -> their shape on the host
 PORT = 8476  # of the first TPU process of a host; the others count on from it
 
 
@@ -80,7 +80,6 @@ class Attempt:
 
 
 # ------------------------------------------------------------------------------------ trials
-
 
 find_config = functools.cache(main.find_config)  # it prints what it found
 
@@ -122,16 +121,7 @@ def make_trial(name: str, config: str, common: dict[str, Any], own: dict[str, An
 
 
 def list_trials(sweep: Callable, config: str, common: dict[str, Any]) -> list[Trial]:
-  """The trials that `sweep(add)` adds.
-
-  Args:
-    sweep: of the sweep file.
-    config: of the trials that name none.
-    common: overrides of all trials.
-
-  Raises:
-    UserError: bad input in one of them, none, or two with one folder.
-  """
+  """The trials that `sweep(add)` adds. UserError: one of them is bad input, or there is none."""
   trials = {}
 
   def add(name: str = '', config: str = config, **overrides):
@@ -149,6 +139,178 @@ def list_trials(sweep: Callable, config: str, common: dict[str, Any]) -> list[Tr
   return list(trials.values())
 
 
+def search_trials(search: Callable, config: str, common: dict[str, Any], to: pathlib.Path | None):
+  """Trials that Optuna draws from what it was told of the earlier ones.
+
+  The study is kept in <to>/optuna.log (to=None: nowhere). A trial that was under way when the sweep
+  ended is drawn again, with the same parameters and the same folder, so that its run goes on.
+
+  Returns:
+    An iterator of trials, and a function that is told of each that ended (see `run`).
+
+  Raises:
+    UserError: Optuna is missing; later, the finished run has no such metric.
+  """
+  try:
+    import optuna
+  except ImportError as e:
+    raise records.UserError(f"search needs a package ({e}): pip install 'reasonrl[sweep]'") from e
+  optuna.logging.set_verbosity(optuna.logging.WARNING)
+  journal, state, storage = optuna.storages.journal, optuna.trial.TrialState, None
+  if to:
+    storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(to / 'optuna.log')))
+  study = optuna.create_study(
+    storage=storage, study_name=_METRIC.value, direction='maximize', load_if_exists=True
+  )
+  study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+  for trial in study.get_trials(states=[state.RUNNING]):
+    study.tell(trial.number, state=state.FAIL)
+    study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+  drawn = {}  # name -> Optuna's trial
+
+  def trials():
+    for _ in range(len(study.get_trials(states=[state.COMPLETE])), _TRIALS.value):
+      trial = study.ask()
+      name = trial.user_attrs.get('name', f'{trial.number:04}')
+      trial.set_user_attr('name', name)
+      drawn[name] = trial
+      yield make_trial(name, config, common, search(trial))
+
+  def told(trial: Trial, exit_code: int):
+    metrics = last_evaluation(to / trial.name)
+    if exit_code == 0 and _METRIC.value not in metrics:
+      raise records.UserError(f'{trial.name} has no {_METRIC.value!r}, but {", ".join(metrics)}')
+    value = metrics.get(_METRIC.value) if exit_code == 0 else None
+    study.tell(drawn[trial.name], value, state.FAIL if value is None else state.COMPLETE)
+
+  return trials(), told
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+def last_attempts(to: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Trial -> its last row in sweep.jsonl."""
+  file = to / 'sweep.jsonl'
+  lines = file.read_text(encoding='utf-8').splitlines() if file.exists() else []
+  return {row['trial']: row for row in map(json.loads, lines)}
+
+
+def pin(slot: int, chips: int) -> dict[str, str]:
+  """Environment of the `slot`-th process on a TPU host whose processes own `chips` chips each."""
+  return {
+    'TPU_VISIBLE_CHIPS': ','.join(str(slot * chips + i) for i in range(chips)),
+    'TPU_CHIPS_PER_PROCESS_BOUNDS': BOUNDS[chips],
+    'TPU_PROCESS_BOUNDS': '1,1,1',
+    'TPU_PROCESS_ADDRESSES': f'localhost:{PORT + slot}',
+    'TPU_PROCESS_PORT': f'{PORT + slot}',
+  }
+
+
+def command(trial: Trial, to: pathlib.Path) -> list[str]:
+  """The program of a trial."""
+  where = [f'--config={trial.config}', f'--workdir={to / trial.name}']
+  return [sys.executable, '-m', 'reasonrl.main', *where, *as_flags(trial.overrides)]
+
+
+def start(trial: Trial, number: int, slot: int, to: pathlib.Path, index: TextIO) -> Attempt:
+  """Starts a trial in a session of its own, so that Ctrl-C reaches it through us alone."""
+  with open(to / f'{trial.name}.log', 'ab') as log:
+    process = subprocess.Popen(
+      command(trial, to),
+      env=os.environ | (pin(slot, int(_CHIPS.value)) if _CHIPS.value else {}),
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+      pass_fds=[index.fileno()],  # and with it the lock
+    )
+    return Attempt(trial, number, process, log.tell(), datetime.datetime.now())
+
+
+def record(attempt: Attempt, to: pathlib.Path, index: TextIO, console: rich.console.Console) -> int:
+  """Writes down how an attempt ended, and returns its exit code as a shell would tell it."""
+  trial, code = attempt.trial, attempt.process.returncode
+  code = code if code >= 0 else 128 - code
+  seconds = (datetime.datetime.now() - attempt.started).total_seconds()
+  row = {**dataclasses.asdict(trial), 'exit_code': code, 'seconds': round(seconds, 1)}
+  row['started'] = attempt.started.isoformat(timespec='seconds')
+  index.write(json.dumps({'trial': row.pop('name'), **row}, ensure_ascii=False) + '\n')
+  index.flush()
+  written = (to / f'{trial.name}.log').read_bytes()[attempt.log_start :].decode(errors='replace')
+  errors = re.split(r'^error: ', written, flags=re.MULTILINE)[1:]
+  why = f', {(errors or written.splitlines() or [""])[-1].strip()}' if code else ''
+  console.print(f'{trial.name}: exit code {code} after {seconds:.0f} s{why}')
+  return code
+
+
+def run(
+  trials: Iterable[Trial],
+  told: Callable[[Trial, int], None],
+  to: pathlib.Path,
+  index: TextIO,
+  console: rich.console.Console,
+) -> int:
+  """Runs the trials, at most --max_parallel at a time.
+
+  Args:
+    trials: asked for the next one when there is room for it.
+    told: called with every trial that ended for good, and its exit code.
+    to: the folder of the sweep.
+    index: sweep.jsonl, open and locked.
+    console: where the lines go.
+
+  Returns:
+    The exit code of the sweep.
+  """
+  trials, again, running, code = iter(trials), [], {}, 0
+  stops, heard = [], 0  # exit codes of those who ask for the end; how many the trials heard of
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays what it is
+      signal.signal(number, lambda number, _: stops.append(128 + number))
+  done = {(name, row['key']) for name, row in last_attempts(to).items() if row['exit_code'] == 0}
+  try:
+    while True:
+      while not stops and len(running) < _PARALLEL.value:
+        trial, number = again.pop() if again else (next(trials, None), 0)
+        if trial is None:
+          break
+        if (trial.name, trial.key) in done and (to / trial.name).is_dir():
+          console.print(f'{trial.name}: finished before')
+          told(trial, 0)
+          continue
+        slot = min(set(range(_PARALLEL.value)) - running.keys())
+        running[slot] = start(trial, number, slot, to, index)
+        console.print(f'{trial.name}: started')
+      if not running:
+        return stops[0] if stops else code
+      time.sleep(0.1)
+      for ask in range(heard, len(stops)):  # the first: save and leave; more: leave at once
+        for attempt in running.values():
+          attempt.process.send_signal(signal.SIGINT if ask else signal.SIGTERM)
+      heard = len(stops)
+      for slot, attempt in list(running.items()):
+        if attempt.process.poll() is None:
+          continue
+        del running[slot]
+        exit_code = record(attempt, to, index, console)
+        if exit_code == 0:
+          told(attempt.trial, 0)
+        elif stops:
+          pass  # it goes on the next time
+        elif exit_code == 2:
+          stops.append(2)
+        elif attempt.number < _RETRIES.value:
+          again.append((attempt.trial, attempt.number + 1))
+        else:
+          code = 1
+          told(attempt.trial, exit_code)
+  finally:
+    for attempt in running.values():  # an error of ours
+      attempt.process.terminate()
+      attempt.process.wait()
+
+
 # ------------------------------------------------------------------------------------ results
 
 
@@ -160,15 +322,8 @@ def last_evaluation(workdir: pathlib.Path) -> dict[str, Any]:
   return rows[-1] if rows else {}
 
 
-def last_attempts(to: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Trial -> its last row in sweep.jsonl."""
-  file = to / 'sweep.jsonl'
-  lines = file.read_text(encoding='utf-8').splitlines() if file.exists() else []
-  return {row['trial']: row for row in map(json.loads, lines)}
-
-
 def summarize(to: pathlib.Path, console: rich.console.Console) -> None:
-  """summary.json and a table of all that was ever attempted in this folder."""
+  """summary.json, and a table, of all that was ever attempted in this folder."""
   rows = []
   for name, row in last_attempts(to).items():
     found = last_evaluation(to / name)
@@ -186,198 +341,6 @@ def summarize(to: pathlib.Path, console: rich.console.Console) -> None:
   console.print(table)
 
 
-# ------------------------------------------------------------------------------------ running
-
-
-def command(trial: Trial, to: pathlib.Path) -> list[str]:
-  """The program of a trial."""
-  flags_ = [f'--config={trial.config}', *as_flags(trial.overrides), f'--workdir={to / trial.name}']
-  return [sys.executable, '-m', 'reasonrl.main', *flags_]
-
-
-def pin(slot: int, chips: int) -> dict[str, str]:
-  """Environment of the `slot`-th process of a TPU host whose processes own `chips` chips each."""
-  return {
-    'TPU_VISIBLE_CHIPS': ','.join(str(slot * chips + i) for i in range(chips)),
-    'TPU_CHIPS_PER_PROCESS_BOUNDS': BOUNDS[chips],
-    'TPU_PROCESS_BOUNDS': '1,1,1',
-    'TPU_PROCESS_ADDRESSES': f'localhost:{PORT + slot}',
-    'TPU_PROCESS_PORT': f'{PORT + slot}',
-  }
-
-
-def start(trial: Trial, number: int, slot: int, to: pathlib.Path, lock: int) -> Attempt:
-  """Starts a trial in a session of its own: Ctrl-C reaches it through us alone."""
-  with open(to / f'{trial.name}.log', 'ab') as log:
-    process = subprocess.Popen(
-      command(trial, to),
-      env=os.environ | (pin(slot, int(_CHIPS.value)) if _CHIPS.value else {}),
-      stdin=subprocess.DEVNULL,
-      stdout=log,
-      stderr=subprocess.STDOUT,
-      start_new_session=True,
-      pass_fds=[lock],
-    )
-    return Attempt(trial, number, process, log.tell(), datetime.datetime.now())
-
-
-def said(attempt: Attempt, to: pathlib.Path) -> str:
-  """The error message of a trial that ended, or else its last line."""
-  written = (to / f'{attempt.trial.name}.log').read_bytes()[attempt.log_start :]
-  text = written.decode(errors='replace')
-  errors = re.split(r'^error: ', text, flags=re.MULTILINE)[1:]
-  return (errors or text.splitlines() or [''])[-1].strip()
-
-
-def run(
-  trials: Iterable[Trial],
-  told: Callable[[Trial, int], None],
-  to: pathlib.Path,
-  console: rich.console.Console,
-) -> int:
-  """Runs the trials, at most --max_parallel at a time.
-
-  Args:
-    trials: asked for the next one when there is room for it.
-    told: called with every trial that ended for good, and its exit code.
-    to: the folder of the sweep.
-    console: where the lines go.
-
-  Returns:
-    The exit code of the sweep.
-
-  Raises:
-    UserError: another sweep runs in this folder.
-  """
-  trials, again, running, code = iter(trials), [], {}, 0
-  stops, sent = [], 0  # exit codes of those who ask for the end; how many the trials heard of
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays what it is
-      signal.signal(number, lambda number, _: stops.append(128 + number))
-  done = {(name, row['key']) for name, row in last_attempts(to).items() if row['exit_code'] == 0}
-  with open(to / 'sweep.jsonl', 'a', encoding='utf-8') as index:
-    try:
-      fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the trials inherit it
-    except BlockingIOError as e:
-      raise records.UserError(f'{to}: a sweep, or a trial of a killed one, still runs there') from e
-    try:
-      while True:
-        while not stops and len(running) < _PARALLEL.value:
-          trial, number = again.pop() if again else (next(trials, None), 0)
-          if trial is None:
-            break
-          if (trial.name, trial.key) in done and (to / trial.name).is_dir():
-            console.print(f'{trial.name}: finished before')
-            told(trial, 0)
-            continue
-          slot = min(set(range(_PARALLEL.value)) - running.keys())
-          running[slot] = start(trial, number, slot, to, index.fileno())
-          console.print(f'{trial.name}: started')
-        if not running:
-          return stops[0] if stops else code
-        time.sleep(0.1)
-        while sent < len(stops):  # first: save and leave; later ones: leave at once
-          for attempt in running.values():
-            attempt.process.send_signal(signal.SIGINT if sent else signal.SIGTERM)
-          sent += 1
-        for slot, attempt in list(running.items()):
-          exit_code = attempt.process.poll()
-          if exit_code is None:
-            continue
-          del running[slot]
-          exit_code = exit_code if exit_code >= 0 else 128 - exit_code  # as a shell tells signals
-          seconds = (datetime.datetime.now() - attempt.started).total_seconds()
-          row = {'trial': attempt.trial.name, 'key': attempt.trial.key}
-          row |= {'config': attempt.trial.config, 'overrides': attempt.trial.overrides}
-          row |= {'exit_code': exit_code, 'seconds': round(seconds, 1)}
-          row |= {'started': attempt.started.isoformat(timespec='seconds')}
-          index.write(json.dumps(row, ensure_ascii=False) + '\n')
-          index.flush()
-          why = f', {said(attempt, to)}' if exit_code else ''
-          console.print(f'{attempt.trial.name}: exit code {exit_code}, {seconds:.0f} s{why}')
-          if exit_code == 0:
-            told(attempt.trial, 0)
-          elif stops:
-            pass
-          elif exit_code == 2:
-            stops.append(2)
-          elif attempt.number < _RETRIES.value:
-            again.append((attempt.trial, attempt.number + 1))
-          else:
-            code = 1
-            told(attempt.trial, exit_code)
-    finally:
-      for attempt in running.values():  # an error of ours
-        attempt.process.terminate()
-        attempt.process.wait()
-
-
-# ------------------------------------------------------------------------------------ search
-
-
-class Search:
-  """Trials that Optuna draws, one at a time, from what it was told of the earlier ones.
-
-  The study lies in <to>/optuna.log. A trial that was under way when the sweep ended is drawn again
-  with the same parameters and folder, so that its run goes on.
-  """
-
-  def __init__(
-    self, search: Callable, config: str, common: dict[str, Any], to: pathlib.Path | None
-  ):
-    """
-    Args:
-      search: of the sweep file.
-      config, common: as for `list_trials`.
-      to: the folder of the sweep; None: nothing is kept.
-
-    Raises:
-      UserError: Optuna is missing.
-    """
-    try:
-      import optuna
-    except ImportError as e:
-      raise records.UserError(f"search needs a package ({e}): pip install 'reasonrl[sweep]'") from e
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal = optuna.storages.journal
-    storage = to and optuna.storages.JournalStorage(
-      journal.JournalFileBackend(str(to / 'optuna.log'))
-    )
-    self._study = optuna.create_study(
-      storage=storage, study_name=_METRIC.value, direction='maximize', load_if_exists=True
-    )
-    self._states = optuna.trial.TrialState
-    self._study.sampler = optuna.samplers.TPESampler(seed=len(self._study.trials))
-    for trial in self._study.get_trials(states=[self._states.RUNNING]):
-      self._study.tell(trial.number, state=self._states.FAIL)
-      self._study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
-    self._draw, self._config, self._common, self._to = search, config, common, to
-    self._open = {}  # trial's name -> Optuna's trial
-
-  def __iter__(self) -> Iterator[Trial]:
-    finished = len(self._study.get_trials(states=[self._states.COMPLETE]))
-    for _ in range(finished, _TRIALS.value):
-      drawn = self._study.ask()
-      name = drawn.user_attrs.get('name', f'{drawn.number:04}')
-      drawn.set_user_attr('name', name)
-      trial = make_trial(name, self._config, self._common, self._draw(drawn))
-      self._open[name] = drawn
-      yield trial
-
-  def told(self, trial: Trial, exit_code: int) -> None:
-    """Passes the metric on.
-
-    Raises:
-      UserError: the run has no such metric.
-    """
-    found = last_evaluation(self._to / trial.name)
-    if exit_code == 0 and _METRIC.value not in found:
-      raise records.UserError(f'{trial.name} has no {_METRIC.value!r}; it has: {", ".join(found)}')
-    value = found.get(_METRIC.value) if exit_code == 0 else None
-    state = self._states.FAIL if value is None else self._states.COMPLETE
-    self._study.tell(self._open.pop(trial.name), value, state)
-
-
 # ------------------------------------------------------------------------------------ the door
 
 
@@ -387,33 +350,36 @@ def launch(argv: list[str]) -> int:
   if flags.FLAGS.config is None:
     main.find_config('')
   if not _TO.value or flags.FLAGS.workdir:
-    raise records.UserError('give --to=FOLDER, and no --workdir: every trial has its own in there')
+    raise records.UserError('give --to=FOLDER and no --workdir: every trial has its own in there')
   if not os.path.isfile(_SWEEP.value):
     raise records.UserError(f'--sweep: no file {_SWEEP.value!r}')
   found = {k: v for k, v in runpy.run_path(_SWEEP.value).items() if k in ('sweep', 'search')}
   if len(found) != 1:
-    raise records.UserError(f'{_SWEEP.value} must have sweep(add) or search(trial)')
+    raise records.UserError(f'{_SWEEP.value} must have either sweep(add) or search(trial)')
   flag, to = flags.FLAGS['config'], pathlib.Path(_TO.value)
   config = config_flags.get_config_filename(flag)
   common = config_flags.get_override_values(flag)
-  if not _DRY_RUN.value:
-    to.mkdir(parents=True, exist_ok=True)
-  if 'sweep' in found:
-    trials, told = list_trials(found['sweep'], config, common), lambda trial, exit_code: None
-  else:
-    trials = Search(found['search'], config, common, None if _DRY_RUN.value else to)
-    told = trials.told
+
+  def plan(to):
+    if 'sweep' in found:
+      return list_trials(found['sweep'], config, common), lambda trial, exit_code: None
+    return search_trials(found['search'], config, common, to)
+
   if _DRY_RUN.value:
-    for trial in trials:
+    for trial in plan(None)[0]:
       print(shlex.join(command(trial, to)))
     return 0
-  console = rich.console.Console(
-    highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160
-  )
-  try:
-    return run(trials, told, to, console)
-  finally:
+  to.mkdir(parents=True, exist_ok=True)
+  width = None if sys.stdout.isatty() else 160
+  console = rich.console.Console(highlight=False, soft_wrap=True, width=width)
+  with open(to / 'sweep.jsonl', 'a', encoding='utf-8') as index:
+    try:
+      fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise records.UserError(f'{to}: a sweep, or a trial of a killed one, still runs there') from e
+    code = run(*plan(to), to, index, console)
     summarize(to, console)
+  return code
 
 
 if __name__ == '__main__':
