@@ -8,6 +8,7 @@ code 2. JAX is imported after the reward workers have started, so that they neve
 """
 
 import difflib
+import errno
 import glob
 import importlib.util
 import os
@@ -148,6 +149,16 @@ def guarded(main, parser) -> None:
   except (records.UserError, flags.Error) as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(2)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+      raise
+    where = f': {e.filename}' if e.filename else ''
+    print(
+      f'error: {e.strerror}{where}; what was saved is whole, and the same command with --workdir '
+      'goes on from it',
+      file=sys.stderr,
+    )
+    sys.exit(1)
   except KeyboardInterrupt:
     sys.exit(130)
 

@@ -248,14 +248,15 @@ def run_phases(parts, flat, held_out, path, store, metrics, display) -> int:
   if (path / 'phases' / wiring.kept_name(flat, len(flat) - 1)).is_dir():
     display.note(f'{path} is finished')
     return 0
-  newest = store.latest()
-  at = newest[1] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
+  target_of = lambda at: parts.phases[flat[at['index']][0]].learner.abstract()  # noqa: E731
+  newest = store.newest(target_of, display.note)
+  at = newest[2] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
   metrics.truncate(at['offsets'])
   if newest and at['tokenizer'] != parts.tokenizer.fingerprint:
     raise records.UserError(f'{path}/tokenizer is not the tokenizer of checkpoint {newest[0]}')
   best = at['best']
   for index in range(at['index'], len(flat)):
-    resume = newest if newest and index == at['index'] else None
+    resume, newest = newest, None
     best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, display)
   return 0
 
@@ -263,7 +264,7 @@ def run_phases(parts, flat, held_out, path, store, metrics, display) -> int:
 def run_phase(
   parts, flat, index, resume, best, held_out, path, store, metrics, display
 ) -> float:
-  """One phase, from its start or from a checkpoint `resume` = (step of the run, host item).
+  """One phase, from its start or from a checkpoint `resume` = (step of the run, state, host item).
 
   Returns the best held-out greedy accuracy so far.
   """
@@ -271,7 +272,7 @@ def run_phase(
   phase = parts.phases[name]
   section, student = phase.section, phase.learner
   before = sum(config[n].steps for n, _ in flat[:index])  # steps of the run before this phase
-  at = resume[1] if resume else {'step': 0, 'data': 0, 'evaluated': False}
+  at = resume[2] if resume else {'step': 0, 'data': 0, 'evaluated': False}
   start, position, evaluated = at['step'], at['data'], at['evaluated']
 
   # ---- this phase's learner, state and data
@@ -281,7 +282,7 @@ def run_phase(
     parts, source.model, source.init, flat, index, path
   )
   if resume:
-    state = store.restore(resume[0], student.abstract())
+    state = resume[1]
   else:
     start_from = (section.trains, section.init, flat, index, path)
     state = student.init(wiring.init_params(parts, *start_from))

@@ -168,7 +168,7 @@ def test_accuracy():
   assert score == records.Score(1.0, {'extracted': 1.0, 'lenient': 1.0}, None)
   assert make('accuracy')(example('8'), completion(good)).value == 0.0
   score = make('accuracy')(example('7'), completion('<think>3 + 4</think>7'))
-  assert score == records.Score(0.0, {'extracted': 0.0, 'lenient': 1.0}, None)  # right, unasked form
+  assert score == records.Score(0.0, {'extracted': 0.0, 'lenient': 1.0}, None)
   assert make('accuracy').answer(completion(good)) == '7'
   assert make('accuracy').answer(completion(good.replace('7<', '007.0<'))) == '7'
   assert make('accuracy').answer(completion('7')) is None

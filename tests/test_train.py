@@ -250,6 +250,7 @@ def in_phase(workdir, phase, step):
 def finish(process):
   out = process.communicate(timeout=240)[0].decode()
   assert process.returncode == 0, out
+  return out
 
 
 def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
@@ -268,7 +269,10 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     out = process.communicate(timeout=60)[0].decode()
     # A polite signal saves and leaves with the shell's code for it.
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), out
-  finish(start(killed))
+  # The newest checkpoint is damaged as well: the one before it takes its place.
+  newest = max((killed / 'checkpoints').glob('0*'))
+  max(newest.rglob('*'), key=lambda file: file.stat().st_size).write_bytes(b'')
+  assert f'checkpoint {int(newest.name)} is damaged' in finish(start(killed))
 
   plain = lambda workdir: [  # noqa: E731
     {k: v for k, v in row.items() if not k.startswith('timing/')} for row in lines(workdir)
