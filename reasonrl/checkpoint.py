@@ -189,6 +189,8 @@ def save_params(path: pathlib.Path, params) -> None:
 def load_params(path: pathlib.Path, target):
   """Reads a parameter tree saved by `save_params`, placed like `target`.
 
+  With target None it is read as it is, whole, onto the first device.
+
   Raises:
     UserError: there is none, or its shapes differ.
   """
@@ -197,6 +199,11 @@ def load_params(path: pathlib.Path, target):
     raise records.UserError(f'no parameters at {path}')
   with ocp.StandardCheckpointer() as checkpointer:
     try:
+      if target is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = checkpointer.metadata(path).item_metadata.tree
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        return checkpointer.restore(path, jax.tree.map(place, saved))
       return checkpointer.restore(path, _abstract(target))
     except ValueError as error:
       raise records.UserError(

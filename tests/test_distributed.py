@@ -12,8 +12,9 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+
+from reasonrl import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Two passes need the old log-probabilities and a KL term the reference's, so scoring runs too. Five
@@ -61,12 +62,7 @@ def rows(workdir):
 
 
 def params(workdir, phase):
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  path = workdir / 'phases' / phase
-  with ocp.StandardCheckpointer() as checkpointer:
-    saved = checkpointer.metadata(path).item_metadata.tree
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
-    return jax.tree.map(np.asarray, checkpointer.restore(path, target))
+  return checkpoint.load_params(workdir / 'phases' / phase, None)
 
 
 def test_two_processes_train_as_one_and_stop_together(tmp_path):
@@ -89,7 +85,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
   for a, b in zip(want, got, strict=True):
     assert a.keys() == b.keys()
     for name in a:
-      if name.startswith('timing/') or name in ('kind', 'phase'):
+      if name.startswith('timing/') or name in ('kind', 'phase') or a[name] is b[name] is None:
         continue
       # Placement and packing change rounding alone, which in so short a run changes no draw.
       assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), (name, a['phase'], a['step'])

@@ -10,10 +10,9 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from reasonrl import records, rewarding, train, types
+from reasonrl import checkpoint, records, rewarding, train, types
 from reasonrl.algorithms import grpo
 from reasonrl.configs import common, r1_zero
 
@@ -46,11 +45,6 @@ def tiny():
 def rows_of(workdir, kind):
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [row for row in rows if row['kind'] == kind]
-
-
-def params_of(path):
-  with ocp.StandardCheckpointer() as checkpointer:
-    return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
 
 
 def test_reward_rises_and_the_workdir_is_complete(tmp_path, pool):
@@ -280,7 +274,7 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
   assert plain(killed) == plain(whole)
   assert (killed / 'rollouts.jsonl').read_bytes() == (whole / 'rollouts.jsonl').read_bytes()
   for phase in ('pretrain', 'rl'):
-    ours, theirs = (params_of(run / 'phases' / phase) for run in (killed, whole))
+    ours, theirs = (checkpoint.load_params(run / 'phases' / phase, None) for run in (killed, whole))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       np.testing.assert_array_equal(a, b)
 
