@@ -23,7 +23,12 @@ def base(name: str) -> ConfigDict:
       'rewarding': {'workers': 2, 'timeout_s': 10.0},  # processes; wall seconds per completion
       # s: SIGTERM to exit at the latest; keep_every 0: only the newest are kept
       'checkpoint': {'save_every': 20, 'keep_last': 2, 'keep_every': 0, 'grace_s': 20.0},
-      'log': {'every': 10, 'transcripts_every': 10, 'transcripts': 4},  # steps, steps, rollouts
+      'log': {
+        'every': 10,  # steps between plain lines
+        'transcripts_every': 10,  # steps
+        'transcripts': 4,  # rollouts at a time
+        'profile_step': 0,  # step of each phase to trace into <workdir>/profile; 0 = none
+      },
       'compilation_cache': '~/.cache/reasonrl',  # of compiled programs; '' = none
     }
   )

@@ -55,23 +55,28 @@ MAY_DIFFER = ('mesh', 'rewarding', 'log', 'checkpoint', 'compilation_cache')
 
 # ------------------------------------------------------------------------------------ steps
 # `STEPS[kind](parts, phase, place, position, tally, params_of)` returns a function
-# (state, step) -> updates [(micro-batches, denominators)], metrics, transcripts, data position.
+# (state, step) -> updates [(micro-batches, denominators)], describe, data position. The loop calls
+# describe() -> metrics, transcripts when the updates are on their way, so that the device does not
+# wait for it.
 
 
 def supervised_steps(parts, phase, place, position, tally, params_of):
   """Packed rows of worked solutions: one optimizer step each."""
-  del tally, params_of
+  del params_of
   section = phase.section
   stream = data.Stream(parts.task, 'train', place[0], section.examples_per_step, position)
   pack = functools.partial(wiring.pack, parts, section.row_length, section.rows_per_batch)
 
   def make(state, step):
     del state, step
-    examples = wiring.augmented(parts, stream.next())
-    seqs = [wiring.supervised_sequence(parts, section, example) for example in examples]
-    trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
-    row = {'timing/tokens': sharding.total(sum(seq.tokens_L.size for seq in seqs))}
-    return [(pack(seqs)[0], (trained,))], row, [], stream.position
+    with wiring.timed(tally, 'data'):
+      examples = wiring.augmented(parts, stream.next())
+      seqs = [wiring.supervised_sequence(parts, section, example) for example in examples]
+    with wiring.timed(tally, 'pack'):
+      trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
+      updates = [(pack(seqs)[0], (trained,))]
+    tokens = sum(seq.tokens_L.size for seq in seqs)
+    return updates, lambda: ({'timing/tokens': sharding.total(tokens)}, []), stream.position
 
   return make
 
@@ -93,7 +98,8 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
     named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **frozen}
     kept, groups = [], 0
     for _ in range(section.max_generation_batches):
-      found = env.rollout(tools, named, step)
+      with wiring.timed(tally, 'rollout'):
+        found = env.rollout(tools, named, step)
       good = np.unique(found.group_B)[algorithm.keep(found)][: wanted - groups]
       if good.size:
         kept.append(types.take_groups(found, good))
@@ -111,11 +117,12 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
       shuffled_R = rng.permutation(experience.reward_R)
       experience = dataclasses.replace(experience, reward_R=shuffled_R)
     sources = {'old_logp': 'params', 'ref_logp': 'ref'}
-    scores = {
-      name: tools.score(named[source], experience)
-      for name, source in sources.items()
-      if name in algorithm.needs
-    }
+    with wiring.timed(tally, 'score'):
+      scores = {
+        name: tools.score(named[source], experience)
+        for name, source in sources.items()
+        if name in algorithm.needs
+      }
     experience = dataclasses.replace(experience, scores=scores)
     adv_BT = algorithm.advantages(experience)
 
@@ -127,13 +134,17 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
         part = types.take_rows(experience, members)
         weight_BT, denominator = algorithm.weights(part)
         aux_BT = {'weight': weight_BT, 'adv': adv_BT[members], 'sampler_logp': part.logp_BT}
-        seqs = learner.sequences(part.tokens_BT, part.length_B, aux_BT | part.scores)
-        updates.append((pack(seqs)[0], (sharding.total(denominator),)))
-    table = evaluation.outcomes(experience, parts.tokenizer, parts.prompter.prefill)
-    row = evaluation.summary(table)
-    row['timing/tokens'] = sharding.total(int(experience.length_B.sum()))
-    samples = evaluation.transcripts(experience, adv_BT, parts.config.log.transcripts)
-    return updates, row, samples, stream.position
+        with wiring.timed(tally, 'pack'):
+          seqs = learner.sequences(part.tokens_BT, part.length_B, aux_BT | part.scores)
+          updates.append((pack(seqs)[0], (sharding.total(denominator),)))
+
+    def describe():
+      table = evaluation.outcomes(experience, parts.tokenizer, parts.prompter.prefill)
+      row = evaluation.summary(table)
+      row['timing/tokens'] = sharding.total(int(experience.length_B.sum()))
+      return row, evaluation.transcripts(experience, adv_BT, parts.config.log.transcripts)
+
+    return updates, describe, stream.position
 
   return make
 
@@ -311,7 +322,8 @@ def run_phase(
     if pending is None:
       return
     (step, row, reports, updates, samples), pending = pending, None
-    row |= merge([learner.reduce_reports(report) for report in reports])
+    with wiring.timed(row, 'wait'):
+      row |= merge([learner.reduce_reports(report) for report in reports])
     row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     metrics.write(header('train', step) | row)
@@ -357,14 +369,22 @@ def run_phase(
       # ---- make this step's batches, update, and only then look at the step before
       if step == start:
         display.status('compiling')
-      updates, row, samples, position = make(state, step)
-      row |= settle(step + 1)
+      if step + 1 == config.log.profile_step:
+        flush()
+        jax.profiler.start_trace(path / 'profile' / name, create_perfetto_trace=True)
+      updates, describe, position = make(state, step)
       evaluated, reports = False, []
-      for batches, denominators in updates:
-        state, report = student.update(state, batches, denominators)
-        reports.append(report)
+      with wiring.timed(tally, 'update'):
+        for batches, denominators in updates:
+          state, report = student.update(state, batches, denominators)
+          reports.append(report)
       flush()
-      pending = (step + 1, row, reports, updates, samples)
+      with wiring.timed(tally, 'describe'):
+        row, samples = describe()
+      pending = (step + 1, row | settle(step + 1), reports, updates, samples)
+      if step + 1 == config.log.profile_step:
+        flush()
+        jax.profiler.stop_trace()
     except checkpoint.Stopped:
       save(step)
       raise

@@ -7,6 +7,7 @@ an environment, the learner of a phase, the parameters that a phase starts from.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -356,6 +357,16 @@ def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir
 # ------------------------------------------------------------------------------------ tools
 
 
+@contextlib.contextmanager
+def timed(tally, name: str):
+  """Adds the seconds within to tally['timing/<name>_s'], and gives a profiler their name."""
+  start = time.monotonic()
+  with jax.profiler.TraceAnnotation(name):
+    yield
+  key = f'timing/{name}_s'
+  tally[key] = tally.get(key, 0.0) + time.monotonic() - start
+
+
 def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -> types.Tools:
   """The tools of an environment; `place` is (phase, iteration), part of every random key.
 
@@ -366,13 +377,17 @@ def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -
   """
 
   def generate(params, requests, spec, slots):
-    start = time.monotonic()
-    out = parts.samplers[model].generate(params, requests, spec, slots, parts.poll)
-    tally['timing/sample_s'] += time.monotonic() - start
-    return out
+    with timed(tally, 'sample'):
+      return parts.samplers[model].generate(params, requests, spec, slots, parts.poll)
 
   def reward(state, experience):
-    start, found = time.monotonic(), []
+    with timed(tally, 'reward'):
+      found = judge(state, experience)
+    parts.poll()
+    return types.rewarded(experience, found)
+
+  def judge(state, experience):
+    found = []
     device = {name: pair for name, pair in parts.rewards.items() if hasattr(pair[0], 'batch')}
     host = {name: pair for name, pair in parts.rewards.items() if name not in device}
     if host:
@@ -389,9 +404,7 @@ def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -
       named = {name: value_R} | {f'{name}/{part}': part_R for part, part_R in named.items()}
       dense = None if dense is None else weight * dense
       found.append(types.BatchScore(weight * value_R, named, dense))
-    tally['timing/reward_s'] += time.monotonic() - start
-    parts.poll()
-    return types.rewarded(experience, found)
+    return found
 
   def row_keys(step, prompt_R, sample_R, thread_R):
     seed = parts.config.seed

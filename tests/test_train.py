@@ -181,6 +181,7 @@ def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool)
   config.rl.steps = 1
   config.rl.algorithm = common.algorithm('deepseekmath_grpo')
   config.rl.algorithm.num_iterations = 2
+  config.log.profile_step = 1
   assert train.run(config, str(tmp_path / 'run'), pool) == 0
   phases = [(row['phase'], row['phase_step']) for row in rows_of(tmp_path / 'run', 'eval')]
   assert phases == [('look', 0), ('rl', 1)]
@@ -188,6 +189,8 @@ def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool)
   (row,) = rows_of(tmp_path / 'run', 'train')
   assert row['kl'] < 1e-5  # step 0: the reference is the same parameters
   assert row['mismatch/max'] < 1e-4
+  assert row['timing/rollout_s'] >= row['timing/sample_s'] + row['timing/reward_s']
+  assert list((tmp_path / 'run' / 'profile' / 'rl').rglob('perfetto_trace.json.gz'))
 
 
 @pytest.mark.slow
