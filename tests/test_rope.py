@@ -7,7 +7,6 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from reasonrl.models import rope
 
@@ -72,18 +71,11 @@ def test_published_models():
   assert counts(qwen, 1e6, 128, 4.0) == (24, 16, 24)
 
 
-@pytest.mark.parametrize('name', sorted(rope.SCALINGS))
-def test_a_factor_of_one_changes_nothing(name):
-  scaling, fields = rope.SCALINGS[name]
-  values = {
-    'rope_factor': 1.0,
-    'rope_original_max_position': 64,
-    'rope_low_freq_factor': 1.0,
-    'rope_high_freq_factor': 4.0,
-    'rope_beta_fast': 32.0,
-    'rope_beta_slow': 1.0,
-  }
-  close(scaling(500.0, 16, *(values[f] for f in fields)), rope.default(500.0, 16))
+def test_a_factor_of_one_changes_nothing():
+  plain = rope.default(500.0, 16)
+  close(rope.linear(500.0, 16, 1.0), plain)
+  close(rope.llama3(500.0, 16, 1.0, 64, 1.0, 4.0), plain)
+  close(rope.yarn(500.0, 16, 1.0, 64, 32.0, 1.0), plain)
 
 
 def test_rotation_by_hand():

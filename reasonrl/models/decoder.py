@@ -250,13 +250,13 @@ class Decoder:
       raise records.UserError(
         f'model.rope_scaling={self.rope_scaling!r} is not one of {", ".join(rope.SCALINGS)}'
       )
-    _, needs = rope.SCALINGS[self.rope_scaling]
+    _, fields = rope.SCALINGS[self.rope_scaling]
     for name in ('rope_factor', 'rope_original_max_position'):
-      value = getattr(self, name)
-      if (value is not None) != (name in needs) or (value is not None and value < 1):
-        want = 'a number >= 1' if name in needs else 'None'
+      value, wanted = getattr(self, name), name in fields
+      if (value is None) == wanted or (wanted and value < 1):
         raise records.UserError(
-          f'model.rope_scaling={self.rope_scaling!r} takes {name}={want}, not {value}'
+          f'model.rope_scaling={self.rope_scaling!r} takes {name}='
+          f'{"a number >= 1" if wanted else None}, not {value}'
         )
     for low, high in (
       ('rope_low_freq_factor', 'rope_high_freq_factor'),
@@ -328,7 +328,7 @@ class Decoder:
     else:
       x = inputs.astype(dtype)
 
-    def kind(window):
+    def kind(window):  # what the layers of one window share
       rotation = rope.rotation(positions_BT, *self._frequencies(window))
       if cache is None:
         return visible(positions_BT, segments_BT, window), rotation

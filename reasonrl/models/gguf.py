@@ -113,7 +113,7 @@ def hyperparameters(reader) -> dict[str, Any]:
     'head_dim': head_dim,
     'mlp_width': fields['llama.feed_forward_length'],
     'rope_theta': _decimal(fields.get('llama.rope.freq_base', 10_000.0)),  # the format's default
-    'rope_scaling': 'default',
+    'rope_scaling': 'default',  # others were refused above
     'norm_eps': _decimal(fields['llama.attention.layer_norm_rms_epsilon']),
     'tied_embeddings': 'output.weight' not in shapes,
     'max_position': fields['llama.context_length'],

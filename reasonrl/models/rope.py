@@ -31,7 +31,7 @@ def linear(theta: float, head_dim: int, factor: float) -> np.ndarray:
 def llama3(
   theta: float, head_dim: int, factor: float, original: int, low: float, high: float
 ) -> np.ndarray:
-  """Keeps pairs that turn more than `high` times in L, interpolates those below `low`, blends.
+  """Pairs of more than `high` turns in L stay, those of less than `low` are divided by `factor`.
 
   r_i = L f_i / 2 pi,  k_i = clip((r_i - low) / (high - low), 0, 1),
   f'_i = (1 - k_i) f_i / factor + k_i f_i
@@ -47,14 +47,15 @@ def llama3(
 def yarn(
   theta: float, head_dim: int, factor: float, original: int, fast: float, slow: float
 ) -> np.ndarray:
-  """Keeps pairs that turn more than `fast` times in L, interpolates those below `slow`, blends.
+  """Pairs of more than `fast` turns in L stay, those of less than `slow` are divided by `factor`.
 
   d(b) = C ln(L / 2 pi b) / (2 ln theta): the index of the pair that turns b times in L,
-  k_i = 1 - clip((i - floor d(fast)) / (ceil d(slow) - floor d(fast)), 0, 1),
-  f'_i = (1 - k_i) f_i / factor + k_i f_i                 (arXiv 2309.00071, eq. 20)
+  first = max(floor d(fast), 0),  last = min(ceil d(slow), C - 1),
+  k_i = 1 - clip((i - first) / (last - first), 0, 1),
+  f'_i = (1 - k_i) f_i / factor + k_i f_i                        (arXiv 2309.00071, eq. 20)
 
-  As in the authors' code, on which the released models were trained, the ramp is linear in the
-  index i; eq. 18 has it linear in the number of turns. The other half: `yarn_amplitude`.
+  The ramp is linear in the index i, as in the authors' code and in transformers; eq. 18 has it
+  linear in the number of turns. YaRN's other half is `yarn_amplitude`.
   """
 
   def index(turns):
@@ -68,7 +69,7 @@ def yarn(
 
 
 def yarn_amplitude(factor: float) -> float:
-  """0.1 ln(factor) + 1, of queries and keys: attention logits grow by its square (eqs. 21, 22)."""
+  """0.1 ln(factor) + 1, of queries and of keys (arXiv 2309.00071, eqs. 21, 22)."""
   return 0.1 * math.log(factor) + 1
 
 
