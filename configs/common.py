@@ -60,6 +60,16 @@ def _llama() -> dict:
     'sliding_window': placeholder(int),  # Mistral 7B v0.1: 4096
     'sliding_window_pattern': 0,  # every n-th layer sees everything; Gemma 2: 2, Gemma 3: 6
     'rope_theta': 10000.0,
+    'rope_scaling': 'default',  # or 'linear' (Gemma 3), 'llama3' (Llama 3.1), 'yarn' (Qwen 2.5, 3)
+    'rope_factor': placeholder(float),  # Gemma 3 from 4B on: 8, Llama 3.1: 8, Qwen 2.5: 4
+    # tokens, before 'llama3' or 'yarn' stretched them; Llama 3.1: 8192, Qwen 2.5: 32768
+    'rope_original_max_position': placeholder(int),
+    'rope_low_freq_factor': 1.0,  # turns within those tokens; Llama 3.1
+    'rope_high_freq_factor': 4.0,
+    'rope_beta_fast': 32.0,  # turns, as above; YaRN (arXiv 2309.00071, sec. 3.2)
+    'rope_beta_slow': 1.0,
+    'rope_attention_factor': placeholder(float),  # None = 0.1 ln(rope_factor) + 1 if 'yarn', else 1
+    'rope_local_theta': placeholder(float),  # of windowed layers, unscaled; Gemma 3: 10000
     'tied_embeddings': True,
     'norm_eps': 1e-5,
     'max_position': 256,
