@@ -5,10 +5,12 @@ whole group if its class says `group = True`; it returns a Score or a list of th
 takes linear time and raises on no string. `rewarding.Pool` runs it in a process that can be killed.
 """
 
-from reasonrl.rewards import answer, format
+from reasonrl.rewards import addition, answer, countdown, format
 
 REWARDS = {
   'accuracy': answer.Accuracy,
+  'addition': addition.Addition,
+  'countdown': countdown.Countdown,
   'r1_format': format.R1Format,
   'open_r1_format': format.OpenR1Format,
   'tag_count': format.TagCount,

@@ -5,10 +5,18 @@ pure function of the fields, the split and the index) and `symbols`, the strings
 trained for it keeps whole. `splits` keeps train and test apart.
 """
 
-from reasonrl.tasks import arithmetic, reasoning_gym, shuffled_objects
+from reasonrl.tasks import (
+  addition,
+  arithmetic,
+  countdown,
+  reasoning_gym,
+  shuffled_objects,
+)
 
 TASKS = {
   'shuffled_objects': shuffled_objects.ShuffledObjects,
   'arithmetic': arithmetic.Arithmetic,
+  'addition': addition.Addition,
+  'countdown': countdown.Countdown,
   'reasoning_gym': reasoning_gym.ReasoningGym,
 }
