@@ -188,6 +188,15 @@ def countdown() -> ConfigDict:
   )
 
 
+def mixture(**members: tuple[float, ConfigDict]) -> ConfigDict:
+  """Several tasks in one stream, e.g. mixture(sums=(3, arithmetic()), countdown=(1, countdown())).
+
+  A member's name is free; weights are relative. Every member needs a reward that applies to it.
+  """
+  sections = {name: {'weight': w, 'task': task} for name, (w, task) in members.items()}
+  return ConfigDict({'name': 'mixture', 'members': sections})
+
+
 def rewards(**weights: float) -> ConfigDict:
   """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
   fields = {
