@@ -7,8 +7,8 @@
 
 Nothing is evaluated but by the two stacks below, on at most answer.MAX_CHARACTERS characters.
 
-Left out on purpose: TinyZero's 0.1 for a wrong answer in tags; a format reward with a weight of 0.1
-says the same, and this reward stays 1 or 0.
+Left out on purpose: TinyZero's 0.1 for a wrong answer in tags. A format reward with a weight of 0.1
+comes close, and this reward stays 1 or 0, as an evaluation needs it.
 """
 
 from __future__ import annotations
