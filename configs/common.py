@@ -173,6 +173,45 @@ def arithmetic() -> ConfigDict:
   )
 
 
+def addition() -> ConfigDict:
+  """STaR's n-digit addition with a scratchpad (arXiv 2203.14465)."""
+  return ConfigDict(
+    {
+      'name': 'addition',
+      'seed': 0,
+      'min_digits': 1,  # STaR trains on 1 to 5 and holds out 6 to 10
+      'max_digits': 5,
+    }
+  )
+
+
+def countdown() -> ConfigDict:
+  """Reach a target with all of the given numbers, 3 or 4 of them as in TinyZero."""
+  return ConfigDict(
+    {
+      'name': 'countdown',
+      'seed': 0,
+      'min_numbers': 3,
+      'max_numbers': 4,  # at most 6
+      # Stream of Search (arXiv 2404.03683); for a tiny model values to 15 and targets to 60
+      'min_value': 1,
+      'max_value': 99,
+      'min_target': 10,
+      'max_target': 100,
+      'operations': ('+', '-', '*', '/'),  # for a tiny model without '/'
+    }
+  )
+
+
+def mixture(**members: tuple[float, ConfigDict]) -> ConfigDict:
+  """Several tasks in one stream, e.g. mixture(sums=(3, arithmetic()), countdown=(1, countdown())).
+
+  A member's name is free; weights are relative. Every member needs a reward that applies to it.
+  """
+  sections = {name: {'weight': w, 'task': task} for name, (w, task) in members.items()}
+  return ConfigDict({'name': 'mixture', 'members': sections})
+
+
 def rewards(**weights: float) -> ConfigDict:
   """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
   fields = {
@@ -180,6 +219,11 @@ def rewards(**weights: float) -> ConfigDict:
       'after_think': True,  # the answer counts only after </think>
       'extraction': 'strict',  # boxed, answer tag or ####; 'lenient': else the last number
       'require_stop': False,  # True: a completion cut off at its cap earns 0
+    },
+    'addition': {},  # the line after the scratchpad
+    'countdown': {  # as in 'accuracy'
+      'after_think': True,
+      'require_stop': False,
     },
     'r1_format': {'allow_empty_think': False},
     'open_r1_format': {},

@@ -17,6 +17,8 @@ from typing import Any
 THINK_OPEN, THINK_CLOSE = '<think>', '</think>'
 ANSWER_OPEN, ANSWER_CLOSE = '<answer>', '</answer>'
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+# Key of Example.meta where equality with `answer` does not decide: names the reward that does.
+CHECKED_BY = 'checked_by'
 
 
 class UserError(ValueError):
@@ -33,13 +35,13 @@ class Stop(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One problem. (task, split, index) is its identity and reproduces it."""
+  """One problem. (split, index) is its identity and reproduces it from the task of the run."""
 
-  task: str
+  task: str  # in a mixture: the member
   split: str  # 'train' | 'test'
-  index: int  # position in the task's random-access stream
+  index: int  # position in the random-access stream of the run's task
   problem: str  # what the user asks, before any prompt template
-  answer: str  # the gold answer
+  answer: str  # the gold answer, or one of them
   solution: str | None  # a whole target completion, without EOS; None: the task has none
   meta: dict[str, Any]  # JSON-able facts: difficulty, prompt augmentations, ...
 

@@ -158,7 +158,7 @@ class SentencePiece:
 
     Args:
       texts: the corpus; every character in it enters the alphabet.
-      symbols: strings that stay whole, beside the four tags and '\n'.
+      symbols: strings that stay whole, spaces and all, beside the four tags and '\n'.
       vocab_size: upper bound; a small corpus may give fewer pieces.
       model_type: 'bpe', 'char' or 'unigram'.
       byte_fallback: spend 256 pieces so that any text can be encoded.
@@ -170,7 +170,7 @@ class SentencePiece:
       raise records.UserError(
         f'unknown model_type {model_type!r}; choose from {", ".join(MODEL_TYPES)}'
       )
-    model = io.BytesIO()
+    model, whole = io.BytesIO(), (*records.TAGS, '\n', *symbols)
     try:
       sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -179,7 +179,8 @@ class SentencePiece:
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         byte_fallback=byte_fallback,
-        user_defined_symbols=list(dict.fromkeys((*records.TAGS, '\n', *symbols))),
+        # The library sees a space as U+2581 when it looks for them.
+        user_defined_symbols=[s.replace(' ', '\u2581') for s in dict.fromkeys(whole)],
         pad_id=0,
         eos_id=1,
         bos_id=2,

@@ -72,9 +72,12 @@ def lookup(table: dict, name: str, what: str):
   return table[name]
 
 
-def build(cls, section, *without: str):
-  """cls(**section), leaving out the fields that are not the member's own ('name', ...)."""
-  fields = {k: v for k, v in section.to_dict().items() if k not in without}
+def build(cls, section, *without: str, **built):
+  """cls(**section), leaving out the fields that are not the member's own ('name', ...).
+
+  `built` replaces fields of the section.
+  """
+  fields = {k: v for k, v in section.to_dict().items() if k not in without} | built
   known = {f.name for f in dataclasses.fields(cls)}
   if fields.keys() != known:
     wrong = ', '.join(sorted(fields.keys() ^ known))
@@ -85,6 +88,17 @@ def build(cls, section, *without: str):
 def member(table: dict, section, what: str):
   """The member of `table` that section.name names, with the section's other fields."""
   return build(lookup(table, section.name, f'{what}.name'), section, 'name')
+
+
+def make_task(table: dict, section, what: str):
+  """The task of a section. Where that has `members`, each is a weight and a task section."""
+  built = {}
+  if 'members' in section:
+    built['members'] = {
+      name: (entry.weight, make_task(table, entry.task, f'{what}.members.{name}.task'))
+      for name, entry in section.members.items()
+    }
+  return build(lookup(table, section.name, f'{what}.name'), section, 'name', **built)
 
 
 def positions(config, kinds) -> list[tuple[str, int]]:
@@ -114,7 +128,7 @@ def kept_name(flat, index: int) -> str:
 def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts:
   """Builds and checks everything. `tables`: 'task', 'reward', 'env', ... -> dict of members."""
   mesh = sharding.make_mesh(**config.mesh)
-  task = member(tables['task'], config.task, 'task')
+  task = make_task(tables['task'], config.task, 'task')
   augmentations = tuple(
     lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations')
     for name in config.prompt.augmentations
@@ -125,6 +139,7 @@ def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts
     for name, fields in config.rewards.items()
   }
   lookup(rewards, config.evaluation.correct, 'evaluation.correct')
+  check_rewards(task, rewards)
   for name in config.models:
     lookup(tables['model'], config.models[name].kind, f'models.{name}.kind')
   tokenizer = make_tokenizer(config, task, workdir)
@@ -269,6 +284,17 @@ def check_examples(parts: Parts, section) -> None:
       supervised_sequence(parts, section, example)
     else:
       parts.prompter.render(parts.tokenizer, example)
+
+
+def check_rewards(task, rewards) -> None:
+  """Refuses examples whose one reward is not among those of the run: nothing else would pay."""
+  for i in range(256):
+    example = task.example('train', i)
+    name = example.meta.get(records.CHECKED_BY)
+    if name is not None and name not in rewards:
+      raise records.UserError(
+        f'rewards={", ".join(rewards)}: examples of {example.task} need the reward {name}'
+      )
 
 
 def check_numbers(config) -> None:

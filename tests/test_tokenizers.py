@@ -147,6 +147,15 @@ def test_char_model_of_the_tiny_demonstration():
     tok.encode('3(01)9')
 
 
+@pytest.mark.parametrize('model_type', tokenizers.MODEL_TYPES)
+def test_symbols_may_hold_spaces(model_type):
+  tok = train(SUMS, 330, model_type, False, (' sum of', ' 7'))
+  ids = tok.encode_user('The sum of 7 and 17')
+  assert [tok.id_to_piece(i).replace('\u2581', ' ') for i in ids].count(' sum of') == 1
+  assert len(ids) == len(tok.encode_user('The')) + 2 + len(tok.encode_user(' and 17'))
+  assert tok.decode(ids, skip_special=False) == 'The sum of 7 and 17'
+
+
 def test_sentencepiece_is_deterministic_and_exact():
   tok = train(SUMS, 330, 'bpe', True)
   assert tok.model == train(iter(SUMS), 330, 'bpe', True).model

@@ -317,6 +317,7 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     ('pretrain.init', 'rl', 'an earlier phase .there is none.'),
     ('phases', (('pretrain', 'rl'),), 'must end in how often it is repeated'),
     ('task.num_swaps', 1, 'only .* different test problems'),
+    ('task', common.countdown(), 'examples of countdown need the reward countdown'),
   ],
 )
 def test_bad_input_stops_at_start_with_one_clear_line(tmp_path, pool, field, value, says):

@@ -12,10 +12,12 @@ and judges all rollouts of an experience in the trainer's process; `tools` and `
 the environment, and `tools.score(params, experience)` gives log-probabilities.
 """
 
-from reasonrl.rewards import answer, format
+from reasonrl.rewards import addition, answer, countdown, format
 
 REWARDS = {
   'accuracy': answer.Accuracy,
+  'addition': addition.Addition,
+  'countdown': countdown.Countdown,
   'r1_format': format.R1Format,
   'open_r1_format': format.OpenR1Format,
   'tag_count': format.TagCount,
