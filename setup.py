@@ -47,6 +47,7 @@ setuptools.setup(
     'test': [
       'gguf>=0.19',
       'hypothesis>=6.100',
+      'optuna>=4',
       'pytest>=8',
       'pytest-timeout>=2.3',
       'ruff>=0.9',

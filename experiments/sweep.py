@@ -179,7 +179,8 @@ def search_trials(search: Callable, config: str, common: dict[str, Any], to: pat
   def told(trial: Trial, exit_code: int):
     metrics = last_evaluation(to / trial.name)
     if exit_code == 0 and _METRIC.value not in metrics:
-      raise records.UserError(f'{trial.name} has no {_METRIC.value!r}, but {", ".join(metrics)}')
+      numbers = ', '.join(name for name in metrics if isinstance(metrics[name], float))
+      raise records.UserError(f'{trial.name} has no {_METRIC.value!r}; it has {numbers}')
     value = metrics.get(_METRIC.value) if exit_code == 0 else None
     study.tell(drawn[trial.name], value, state.FAIL if value is None else state.COMPLETE)
 

@@ -1,7 +1,8 @@
 """Every command of the README, and of the experiments' READMEs, is one that works.
 
 Programs are started with --only_check_args: they parse their flags, load the config, check its
-overrides and leave. Installation is checked against setup.py, pytest markers against pyproject.
+overrides and leave; the script for TPU VMs with --dry_run. Installation is checked against
+setup.py, pytest markers against pyproject.
 """
 
 import ast
@@ -67,6 +68,8 @@ def test_command(command, tmp_path):
       settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
       markers = settings['tool']['pytest']['ini_options']['markers']
       assert any(line.startswith(f'{marker}:') for line in markers)
+  elif program == 'experiments/tpu_vm.sh':
+    subprocess.run(['bash', program, '--dry_run', *arguments], cwd=ROOT, check=True)
   else:
     assert program.startswith('python'), f'{command!r}: neither pip, venv, pytest nor a program'
     # A folder with what a clone has, and with the run that other commands speak of.

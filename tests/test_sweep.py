@@ -145,16 +145,23 @@ def run(config, workdir, pool):
   print(f'seed {config.seed}, chip {os.environ.get("TPU_VISIBLE_CHIPS")}')
   if config.do == 'refuse':
     raise records.UserError('this trial is bad; choices: others')
+  if config.do == 'die':
+    os.kill(os.getpid(), signal.SIGKILL)
   if config.do == 'crash' or (config.do == 'crash once' and not again):
     raise RuntimeError('broken')
   if config.do == 'wait' and not again:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    (path / 'waits').touch()
+    (path / 'waits').write_text(str(os.getpid()))
     time.sleep(60)
     raise RuntimeError('never asked to leave')
-  row = {'step': 1, 'phase': 'rl', 'phase_step': 1, 'kind': 'eval',
-         'eval/sampled/accuracy': 1 - (config.x - 0.3) ** 2, 'eval/greedy/accuracy': 0.5}
-  (path / 'metrics.jsonl').write_text(json.dumps(row) + chr(10))
+  accuracy = 1 - (config.x - 0.3) ** 2
+  rows = [
+    {'step': 0, 'kind': 'eval', 'eval/sampled/accuracy': 0.0},
+    {'step': 1, 'kind': 'eval', 'eval/sampled/accuracy': accuracy, 'eval/greedy/accuracy': 0.5},
+    {'step': 1, 'kind': 'train'},
+  ]
+  text = chr(10).join(map(json.dumps, rows)) + chr(10) + '{"half a li'
+  (path / 'metrics.jsonl').write_text(text)
   return 0
 """,
 }
@@ -189,6 +196,7 @@ class Launcher:
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      start_new_session=True,
     )
 
   def __call__(self, text: str, *flags_: str) -> tuple[int, str, str]:
@@ -210,21 +218,25 @@ ONE_OF_EACH = """
 def sweep(add):
   add(name='good', seed=1, x=0.3)
   add(name='bad', do='crash', seed=2)
+  add(name='dead', do='die')
   add(name='flaky', do='crash once', seed=3, config='configs/toy.py:other')
 """
 
 
 def test_finishes_retries_and_skips(launch):
-  code, out, err = launch(ONE_OF_EACH, '--max_parallel=2', '--chips_per_trial=1')
+  given = ('--max_parallel=2', '--chips_per_trial=1', '--config.rewarding.workers=2')
+  code, out, err = launch(ONE_OF_EACH, *given)
   assert code == 1, err
-  attempts = [('bad', 1), ('bad', 1), ('flaky', 0), ('flaky', 1), ('good', 0)]
-  assert sorted(launch.index()) == attempts
+  assert sorted(launch.index()) == [
+    *[('bad', 1), ('bad', 1), ('dead', 137), ('dead', 137), ('flaky', 0), ('flaky', 1)],
+    ('good', 0),
+  ]
   assert re.search(r'\nbad: exit code 1 after \d+ s, RuntimeError: broken\n', out)
   assert 'seed 1, chip 0\n' in (launch.to / 'good.log').read_text()
   assert 'seed 2, chip 1\n' in (launch.to / 'bad.log').read_text()
   rows = {row['trial']: row for row in json.loads((launch.to / 'summary.json').read_text())}
   good = rows['good']
-  assert good['overrides'] == {'seed': 1, 'x': 0.3} and good['exit_code'] == 0
+  assert good['overrides'] == {'rewarding.workers': 2, 'seed': 1, 'x': 0.3}
   assert good['eval/sampled/accuracy'] == 1.0 and good['eval/greedy/accuracy'] == 0.5
   assert good['eval/sampled/think_length'] is None and good['step'] == 1
   assert rows['bad']['eval/sampled/accuracy'] is None
@@ -232,16 +244,17 @@ def test_finishes_retries_and_skips(launch):
   table = [line.split('│')[1:-1] for line in out.splitlines() if line.startswith('│ good')]
   name, config, *cells = [cell.strip() for cell in table[0]]
   assert config.endswith('configs/toy.py')
-  assert cells == ['1', '0.3', '', '1.000', '0.500', '', '0']  # seed, x, do, metrics, exit code
+  # seed, x, do, metrics, exit code; what all have in common is not shown
+  assert cells == ['1', '0.3', '', '1.000', '0.500', '', '0']
 
   # Started again: what finished is not, unless it changed or its folder is gone.
   shutil.rmtree(launch.to / 'flaky')
-  changed = ONE_OF_EACH.replace("do='crash',", '').replace('x=0.3', 'x=0.4')
-  code, out, err = launch(changed, '--retries=0')
+  changed = ONE_OF_EACH.replace("do='crash',", '').replace("do='die'", '').replace('0.3', '0.4')
+  code, out, err = launch(changed, '--retries=0', *given[2:])
   assert code == 1, err  # flaky is new, so it crashes again
-  assert launch.index()[5:] == [('good', 0), ('bad', 0), ('flaky', 1)]
-  code, out, err = launch(changed)
-  assert launch.index()[8:] == [('flaky', 0)] and code == 0
+  assert launch.index()[7:] == [('good', 0), ('bad', 0), ('dead', 0), ('flaky', 1)]
+  code, out, err = launch(changed, *given[2:])
+  assert launch.index()[11:] == [('flaky', 0)] and code == 0
   assert 'good: finished before' in out
 
 
@@ -260,26 +273,45 @@ def sweep(add):
   assert re.search(r'\nbad: exit code 2 after \d+ s, this trial is bad; choices: others\n', out)
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_reaches_the_trials_and_the_sweep_goes_on(launch, number, code):
-  text = """
+WAITING = """
 def sweep(add):
   for seed in range(3):
     add(name=f'{seed}', seed=seed, do='wait')
 """
-  process = launch.start(text, '--max_parallel=2')
+
+
+def wait_for(*paths: pathlib.Path) -> None:
   end = time.monotonic() + 60
-  while not all((launch.to / name / 'waits').exists() for name in '01'):
-    assert process.poll() is None and time.monotonic() < end
+  while not all(path.exists() for path in paths):
+    assert time.monotonic() < end
     time.sleep(0.02)
-  other = launch(text)  # a second one keeps off
-  assert other[0] == 2 and 'still runs there' in other[2]
-  process.send_signal(number)
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_reaches_the_trials_and_the_sweep_goes_on(launch, number, code):
+  process = launch.start(WAITING, '--max_parallel=2')
+  wait_for(launch.to / '0' / 'waits', launch.to / '1' / 'waits')
+  os.killpg(process.pid, number)  # as a terminal does: to the launcher, and not to its trials
   out, err = process.communicate(timeout=60)
   assert process.returncode == code, err
   assert sorted(launch.index()) == [('0', 143), ('1', 143)]
-  assert launch(text.replace('range(3)', 'range(2)'))[0] == 0
+  assert launch(WAITING.replace('range(3)', 'range(2)'))[0] == 0
   assert launch.index()[2:] == [('0', 0), ('1', 0)]
+
+
+def test_one_sweep_at_a_time_in_a_folder(launch):
+  process = launch.start(WAITING)
+  wait_for(launch.to / '0' / 'waits')
+  for _ in range(2):  # while it runs, and while a trial outlives it
+    code, out, err = launch(WAITING)
+    assert code == 2 and 'still runs there' in err
+    process.kill()
+    process.communicate()
+  os.kill(int((launch.to / '0' / 'waits').read_text()), signal.SIGTERM)
+  code, err = 2, 'still runs there'
+  while 'still runs there' in err:
+    code, out, err = launch(WAITING.replace('range(3)', 'range(1)'))
+  assert code == 0 and launch.index() == [('0', 0)]
 
 
 def test_dry_run_prints_commands_that_work(launch):
@@ -334,13 +366,14 @@ def test_search_goes_on_from_what_it_knows(launch):
   code, out, err = launch(SEARCH, '--trials=6')
   assert [name for name, _ in launch.index()[4:]] == ['lost', '0006']
   assert study.trials[5].params['x'] == value and len(study.trials) == 7
-  assert len({trial.params['x'] for trial in study.trials[:5]}) == 5
+  assert len({trial.params['x'] for trial in study.trials}) == 6  # drawn once, but for the lost one
 
 
 def test_search_without_the_metric(launch):
   pytest.importorskip('optuna')
   code, out, err = launch(SEARCH, '--metric=eval/acuracy')
-  assert code == 2 and "0000 has no 'eval/acuracy', but step, phase" in err
+  assert code == 2
+  assert "0000 has no 'eval/acuracy'; it has eval/sampled/accuracy, eval/greedy/accuracy\n" in err
 
 
 def test_search_without_optuna(launch):
