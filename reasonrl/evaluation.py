@@ -23,7 +23,7 @@ class Evaluation:
   """Settings; every default is in `configs/common.py`."""
 
   num_examples: int
-  correct: str  # the reward part that means 'right': 1.0 or 0.0
+  correct: str  # the reward that means 'right', 1 or 0, where the example names no other
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def pass_at_k(n: int, c, k: int) -> np.ndarray:
   return 1 - np.maximum(factors, 0.0).prod(1)  # fewer than k wrong ones: some factor is <= 0
 
 
-def majority(answers, right) -> float:
+def majority(answers, right_K) -> float:
   """1 if the largest group of equal answers is right, else 0 (self-consistency, arXiv 2203.11171).
 
   A tie goes to the group whose first member comes first; None is no answer and has no vote.
@@ -57,13 +57,13 @@ def majority(answers, right) -> float:
   if not votes:
     return 0.0
   winner = votes.most_common(1)[0][0]  # of equal counts the one first met
-  return float(right[list(answers).index(winner)])
+  return float(right_K[list(answers).index(winner)])
 
 
-def votes(answers, right, k: int) -> float:
+def votes(answers, right_N, k: int) -> float:
   """Mean of `majority` over the blocks of k consecutive samples; what is left over is not used."""
   starts = range(0, len(answers) - k + 1, k)
-  return float(np.mean([majority(answers[i : i + k], right[i : i + k]) for i in starts]))
+  return float(np.mean([majority(answers[i : i + k], right_N[i : i + k]) for i in starts]))
 
 
 def paired_gain(before, after) -> tuple[float, float, float]:
@@ -105,19 +105,27 @@ def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int
   return max(stop - reach(start), 0)  # a single token may end one tag and start the other
 
 
+def right(experience: types.Experience, correct: str) -> np.ndarray:
+  """float [R]: 1 where the reward that decides the example says 1, else 0; NaN counts as 0."""
+  names = [example.meta.get(records.CHECKED_BY, correct) for example in experience.examples]
+  return np.asarray([experience.parts[name][r] == 1 for r, name in enumerate(names)], np.float32)
+
+
 def outcomes(
-  experience: types.Experience, tokenizer, prefill: str, answer=None
+  experience: types.Experience, tokenizer, prefill: str, correct: str, answer=None
 ) -> dict[str, np.ndarray]:
   """What the metrics are made of: one number per rollout in every column, of all processes.
 
   Groups are renumbered so that the order of the problems is that of the data, whose n-th problem
-  process n mod count has. `answer`: completion -> what it votes for, a column if it is given.
+  process n mod count has. `correct`: see `Evaluation`. `answer`: (example, completion) -> what it
+  votes for, a column if it is given.
   """
   completions = experience.completions
   sampled_R = np.bincount(experience.rollout_B, experience.mask_BT.sum(1))
   mine = {
     'group': experience.group_R,
     'reward': experience.reward_R,
+    'right': right(experience, correct),
     **{f'reward/{name}': part_R for name, part_R in experience.parts.items()},
     'completion_length': [c.num_tokens for c in completions],
     'think_length': [think_tokens(tokenizer, c, prefill) for c in completions],
@@ -125,7 +133,7 @@ def outcomes(
     'unmasked_tokens': [c.num_tokens - n for c, n in zip(completions, sampled_R, strict=True)],
   }
   if answer is not None:
-    mine['answer'] = [answer(c) for c in completions]
+    mine['answer'] = [answer(*p) for p in zip(experience.examples, completions, strict=True)]
   every = sharding.gather({name: np.asarray(column).tolist() for name, column in mine.items()})
   for process, table in enumerate(every):
     table['group'] = [g * len(every) + process for g in table['group']]
@@ -137,6 +145,7 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
   """Means over the rollouts of `outcomes`; NaN rewards do not count."""
   out = {name: _mean(table[name]) for name in table if name.startswith('reward')}
   out['reward_std'] = _std(table['reward'])
+  out['accuracy'] = _mean(table['right'])
   out['completion_length'] = _mean(table['completion_length'])
   out['think_length'] = _mean(table['think_length'])
   out['truncated'] = _mean(table['stop'] == records.Stop.LENGTH)
@@ -147,9 +156,9 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
   return out
 
 
-def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
+def transcripts(experience: types.Experience, adv_BT, count: int, correct: str) -> list[dict]:
   """`count` rollouts spread over the batch: rows of rollouts.jsonl without step and phase."""
-  rows_R, out = experience.first_row_R, []
+  rows_R, right_R, out = experience.first_row_R, right(experience, correct), []
   for r in range(0, rows_R.size, max(rows_R.size // max(count, 1), 1))[:count]:
     example, completion, row = experience.examples[r], experience.completions[r], rows_R[r]
     mask_T = experience.mask_BT[row] > 0
@@ -158,6 +167,7 @@ def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
         'prompt': example.problem,
         'completion': completion.text,
         'answer': example.answer,
+        'right': bool(right_R[r]),
         'reward': float(experience.reward_R[r]),
         'parts': {name: float(part_R[r]) for name, part_R in experience.parts.items()},
         'advantage': None if adv_BT is None else float(adv_BT[row][mask_T].mean()),
@@ -173,7 +183,8 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, answer) -> t
   """Greedy and sampled results on the same test examples.
 
   Args:
-    answer: completion -> the answer it votes for, or None, for majority@k; None: there is no vote.
+    answer: (example, completion) -> the answer it votes for, or None, for majority@k; None: there
+      is no vote.
 
   Returns:
     metrics: 'eval/{greedy,sampled}/{accuracy, accuracy_low, accuracy_high, ...}', and 'outcomes',
@@ -184,15 +195,15 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, answer) -> t
   greedy = {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
   for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
     experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
-    table = outcomes(experience, tools.tokenizer, tools.prefill, answer)
-    right_R = np.nan_to_num(table[f'reward/{cfg.correct}'])
+    table = outcomes(experience, tools.tokenizer, tools.prefill, cfg.correct, answer)
+    right_R = table['right']
     right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
     low, high = wilson(accuracy, right_P.size)
     found = summary(table)
     found |= {'accuracy': accuracy, 'accuracy_low': low, 'accuracy_high': high}
-    for name, right in (('right', right_R == 1), ('wrong', right_R != 1)):
-      found[f'{name}_length'] = _mean(table['completion_length'][right])
+    for name, which in (('right', right_R == 1), ('wrong', right_R != 1)):
+      found[f'{name}_length'] = _mean(table['completion_length'][which])
     found |= _of_several(table, right_R)
     metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
     metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]

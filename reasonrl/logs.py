@@ -11,7 +11,7 @@ scalars that have a `tolist`.
 
 A metrics row is {'step', 'phase', 'phase_step', 'kind': 'train' | 'eval', <metric>: number}; wall
 times have keys under `timing/`. A rollout row is {'step', 'phase', 'prompt', 'completion',
-'answer', 'reward', 'parts': {<reward>: number}, 'advantage', 'length', 'stop'}.
+'answer', 'right', 'reward', 'parts': {<reward>: number}, 'advantage', 'length', 'stop'}.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def _clock(seconds: float) -> str:
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
   ('loss', 'loss', '{:.3f}'.format),
   ('reward', 'reward', '{:.2f}'.format),
-  ('accuracy', 'reward/accuracy', '{:.2f}'.format),
+  ('accuracy', 'accuracy', '{:.2f}'.format),
   ('think', 'think_length', '{:.1f}'.format),
   ('length', 'completion_length', '{:.1f}'.format),
   ('entropy', 'entropy', '{:.2f}'.format),
@@ -274,7 +274,7 @@ EVAL_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
   ('sampled', 'eval/sampled/accuracy', '{:.3f}'.format),
   ('think', 'eval/sampled/think_length', '{:.1f}'.format),
 )
-CURVES = (('accuracy', 'reward/accuracy'), ('reward', 'reward'), ('loss', 'loss'))  # first present
+CURVES = (('accuracy', 'accuracy'), ('reward', 'reward'), ('loss', 'loss'))  # first present
 WIDTH = 110  # the picture is no wider: beyond it lines are hard to read, and break on resizing
 BARS = '▁▂▃▄▅▆▇█'
 
@@ -315,10 +315,7 @@ def _clean(text: str, limit: int) -> str:
 
 def transcript(row: Mapping[str, Any], width: int) -> rich.text.Text:
   """A rollout row in three lines: the prompt, what was thought and said, and what it earned."""
-  accuracy = _plain(row['parts'].get('accuracy'))
-  mark, colour = ('✓', 'green') if accuracy == 1 else ('✗', 'red')
-  if accuracy is None:  # no such reward in this run
-    mark, colour = '·', 'yellow'
+  mark, colour = ('✓', 'green') if row['right'] else ('✗', 'red')
   think = records.think_span(row['completion'])
   before, after = row['completion'], ''
   if think is not None:

@@ -139,10 +139,14 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
           updates.append((pack(seqs)[0], (sharding.total(denominator),)))
 
     def describe():
-      table = evaluation.outcomes(experience, parts.tokenizer, parts.prompter.prefill)
-      row = evaluation.summary(table)
+      correct, prefill = parts.evaluation.correct, parts.prompter.prefill
+      row = evaluation.summary(
+        evaluation.outcomes(experience, parts.tokenizer, prefill, correct)
+      )
       row['timing/tokens'] = sharding.total(int(experience.length_B.sum()))
-      return row, evaluation.transcripts(experience, adv_BT, parts.config.log.transcripts)
+      return row, evaluation.transcripts(
+        experience, adv_BT, parts.config.log.transcripts, correct
+      )
 
     return updates, describe, stream.position
 

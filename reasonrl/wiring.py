@@ -501,6 +501,17 @@ def distinct_examples(task, split: str, count: int) -> list[records.Example]:
   )
 
 
+def voter(parts: Parts, examples):
+  """(example, completion) -> the answer it votes for; None if a reward here knows no answers."""
+
+  def deciding(example):
+    return parts.rewards[example.meta.get(records.CHECKED_BY, parts.evaluation.correct)][0]
+
+  if not all(hasattr(deciding(example), 'answer') for example in examples):
+    return None
+  return lambda example, completion: deciding(example).answer(completion)
+
+
 def make_held_out(parts: Parts):
   """(phase, params, version, tally) -> metrics and transcripts on the first test examples."""
   count, n = parts.evaluation.num_examples, jax.process_count()
@@ -512,7 +523,7 @@ def make_held_out(parts: Parts):
     parts.prompter.render(parts.tokenizer, example)
 
   env = parts.evaluation_env
-  answer = getattr(parts.rewards[parts.evaluation.correct][0], 'answer', None)
+  correct = parts.evaluation.correct
   window = types.padded(parts.prompter.max_length) + env.max_completion_length
   rows = 8 * parts.mesh.shape['data'] * parts.mesh.shape['fsdp']  # 8 a device
 
@@ -521,11 +532,15 @@ def make_held_out(parts: Parts):
     model = phase.section.trains
     tools = make_tools(parts, model, lambda: examples, 'eval', (0, 0), score, tally)
     named = {'params': params, 'version': version}
-    metrics, found = evaluation.evaluate(parts.evaluation, env, tools, named, answer)
+    metrics, found = evaluation.evaluate(
+      parts.evaluation, env, tools, named, voter(parts, examples)
+    )
     shown = [
       {'mode': mode, **sample}
       for mode, experience in found.items()
-      for sample in evaluation.transcripts(experience, None, parts.config.log.transcripts)
+      for sample in evaluation.transcripts(
+        experience, None, parts.config.log.transcripts, correct
+      )
     ]
     return metrics, shown
 

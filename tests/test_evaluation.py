@@ -184,7 +184,7 @@ def sample(rewards=(1.0, 0.0, 0.5, 0.5), lengths=(1, 3, 2, 2)):
 
 
 def summary(experience):
-  return evaluation.summary(evaluation.outcomes(experience, BYTES, ''))
+  return evaluation.summary(evaluation.outcomes(experience, BYTES, '', 'accuracy'))
 
 
 def test_summary_by_hand():
@@ -194,6 +194,7 @@ def test_summary_by_hand():
       'reward': 0.5,
       'reward_std': math.sqrt(0.125),
       'reward/accuracy': 0.5,
+      'accuracy': 0.25,  # half a reward is not right
       'completion_length': 2.0,
       'think_length': 0.5,
       'truncated': 0.25,
@@ -203,6 +204,15 @@ def test_summary_by_hand():
       'unmasked_tokens': 0.0,
     }
   )
+
+
+def test_the_example_says_which_reward_decides():
+  found = sample((1.0, 1.0, 0.0, 0.0))
+  sums = np.float32([0.0, np.nan, 1.0, 0.0])
+  examples = [dataclasses.replace(e, meta={records.CHECKED_BY: 'sum'}) for e in found.examples]
+  mixed = (*found.examples[:1], *examples[1:])
+  found = dataclasses.replace(found, examples=mixed, parts=found.parts | {'sum': sums})
+  np.testing.assert_array_equal(evaluation.right(found, 'accuracy'), [1, 0, 1, 0])
 
 
 def test_summary_leaves_nan_rewards_out():
@@ -228,7 +238,7 @@ def test_outcomes_of_two_processes_are_in_the_order_of_the_data(monkeypatch):
     return [mine, other | {'group': mine['group'], 'reward/accuracy/part': [0.5] * 4}]
 
   monkeypatch.setattr(evaluation.sharding, 'gather', gather)
-  table = evaluation.outcomes(sample(), BYTES, '')
+  table = evaluation.outcomes(sample(), BYTES, '', 'accuracy')
   assert table['group'].tolist() == [0, 0, 2, 2, 1, 1, 3, 3]
   assert table['reward'].tolist() == [1.0, 0.0, 0.5, 0.5, 11.0, 10.0, 10.5, 10.5]
   assert np.isnan(table['reward/accuracy/part'][:4]).all()
@@ -238,18 +248,18 @@ def test_outcomes_of_two_processes_are_in_the_order_of_the_data(monkeypatch):
 def test_transcripts_pair_rows_with_their_rollouts():
   found = sample()
   adv_BT = np.array([[2.0], [-1.0], [0.5], [-0.5]]) * found.mask_BT
-  got = evaluation.transcripts(found, adv_BT, 2)
+  got = evaluation.transcripts(found, adv_BT, 2, 'accuracy')
   assert [row['prompt'] for row in got] == ['p0', 'p2']  # spread over the batch
   assert got[0] == {
     **{'prompt': 'p0', 'completion': 'c0', 'answer': 'a', 'reward': 1.0, 'advantage': 2.0},
-    **{'parts': {'accuracy': 1.0}, 'length': 1, 'stop': 'eos', 'index': 0},
+    **{'right': True, 'parts': {'accuracy': 1.0}, 'length': 1, 'stop': 'eos', 'index': 0},
   }
   order = np.array([2, 3, 0, 1])  # rows shuffled, rollouts not
-  shuffled = evaluation.transcripts(types.take_rows(found, order), adv_BT[order], 2)
+  shuffled = evaluation.transcripts(types.take_rows(found, order), adv_BT[order], 2, 'accuracy')
   assert shuffled == got
-  assert len(evaluation.transcripts(found, None, 99)) == 4
-  assert evaluation.transcripts(found, None, 0) == []
-  assert evaluation.transcripts(found, None, 1)[0]['advantage'] is None
+  assert len(evaluation.transcripts(found, None, 99, 'accuracy')) == 4
+  assert evaluation.transcripts(found, None, 0, 'accuracy') == []
+  assert evaluation.transcripts(found, None, 1, 'accuracy')[0]['advantage'] is None
 
 
 # ------------------------------------------------------------------------------------ evaluate
@@ -279,7 +289,7 @@ def test_evaluate_greedy_and_sampled():
   asked = []
   tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
-  votes = lambda completion: completion.text  # noqa: E731 - each its own: the first one wins
+  votes = lambda _, completion: completion.text  # noqa: E731 - each its own: the first one wins
   metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {}, votes)
   # The same random keys at every evaluation: the step they see is 0.
   assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]

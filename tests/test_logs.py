@@ -27,6 +27,7 @@ ROW = {
   'completion': '<think>2 and 2</think><answer>4</answer>',
   'answer': '4',
   'reward': 1.1,
+  'right': True,
   'parts': {'accuracy': 1.0, 'format': 0.1},
   'advantage': 0.5,
   'length': 12,
@@ -183,7 +184,7 @@ def test_plain_lines(monkeypatch):
     display.phase('rl', 'reinforce', 150, 9)
     display.status('compiling the sampler')
     for step in range(10, 31):
-      metrics = {'reward': 1.324, 'reward/accuracy': np.float32(0.61), 'think_length': 5.12}
+      metrics = {'reward': 1.324, 'accuracy': np.float32(0.61), 'think_length': 5.12}
       metrics |= {'entropy': math.nan, 'loss': 0.1, 'timing/tokens_per_s': 12345.0}
       now += 1.0  # one second a step
       display.step(step, metrics)
@@ -212,9 +213,9 @@ def test_terminal_shows_phase_progress_compilation_and_coloured_transcripts():
     display.phase('rl', 'reinforce', 150, 0)
     display.status('compiling the sampler')
     assert 'compiling the sampler' in drawn(display)
-    display.step(1, {'reward': 0.0, 'reward/accuracy': 0.0})
-    display.step(2, {'reward': 1.0, 'reward/accuracy': 0.5, 'entropy': 0.4})
-    display.transcripts([ROW, ROW | {'parts': {'accuracy': 0.0}}])
+    display.step(1, {'reward': 0.0, 'accuracy': 0.0})
+    display.step(2, {'reward': 1.0, 'accuracy': 0.5, 'entropy': 0.4})
+    display.transcripts([ROW, ROW | {'right': False}])
     picture = drawn(display)
   assert 'rl 2/150' in picture and 'entropy 0.40' in picture and 'compiling' not in picture
   assert 'accuracy ▁█ 0.00 → 0.50' in picture
@@ -223,7 +224,7 @@ def test_terminal_shows_phase_progress_compilation_and_coloured_transcripts():
   styles = {coloured.plain[span.start : span.end].strip(): span.style for span in coloured.spans}
   assert styles['<answer>4</answer>'] == 'bold green'
   assert styles['<think>2 and 2</think>'] == 'cyan'
-  wrong = logs.transcript(ROW | {'parts': {'accuracy': 0.0}}, 80)
+  wrong = logs.transcript(ROW | {'right': False}, 80)
   assert 'bold red' in {span.style for span in wrong.spans}
 
 

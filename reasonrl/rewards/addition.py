@@ -34,6 +34,10 @@ class Addition:
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
     if example.meta.get(records.CHECKED_BY) != 'addition':
       return records.Score(None, {}, None)
+    trace = float(until_answer(completion.text) == example.solution)
+    return records.Score(float(self.answer(completion) == example.answer), {'trace': trace}, None)
+
+  def answer(self, completion: records.Completion) -> str | None:
+    """The answer line, which is what the completion votes for."""
     found = until_answer(completion.text)
-    right = found is not None and found.rpartition('\n')[2] == example.answer
-    return records.Score(float(right), {'trace': float(found == example.solution)}, None)
+    return None if found is None else found.rpartition('\n')[2]
