@@ -21,7 +21,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from reasonrl import logs, main, records
+from reasonrl import display, logs, main, records
 from reasonrl.configs import common
 
 _PHASE = flags.DEFINE_string('phase', '', 'Which phase of the run; by default the last one.')
@@ -122,7 +122,7 @@ def run(argv: list[str]) -> int:
   if rows:
     console.print(table(rows[-1]))
     for sample in report.read_rows(pathlib.Path(workdir, logs.ROLLOUTS))[-SHOWN:]:
-      console.print(logs.transcript(sample, console.width))
+      console.print(display.transcript(sample, console.width))
     console.print(f'all of it: {workdir}')
   return code
 

@@ -67,8 +67,15 @@ class Score:
   token_values: tuple[float, ...] | None  # dense credit, one number per token of the completion
 
 
+def split_think(text: str) -> tuple[str, str, str]:
+  """Before, from the first <think> to the next </think>, after; without such a pair (text, '', '').
+  """
+  before, opened, rest = text.partition(THINK_OPEN)
+  span, closed, after = rest.partition(THINK_CLOSE)
+  return (before, opened + span + closed, after) if opened and closed else (text, '', '')
+
+
 def think_span(text: str) -> str | None:
   """The text between the first <think> and the next </think>; None if there is no such pair."""
-  _, opened, rest = text.partition(THINK_OPEN)
-  span, closed, _ = rest.partition(THINK_CLOSE)
-  return span if opened and closed else None
+  think = split_think(text)[1]
+  return think[len(THINK_OPEN) : -len(THINK_CLOSE)] if think else None

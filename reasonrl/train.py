@@ -26,6 +26,7 @@ import numpy as np
 from reasonrl import (
   checkpoint,
   data,
+  display,
   evaluation,
   learner,
   logs,
@@ -249,22 +250,22 @@ def run(config, workdir: str, pool) -> int:
     stop,
     contextlib.closing(checkpoint.Checkpoints(path, **keep)) as store,
     contextlib.closing(logs.Metrics(path, leader)) as metrics,
-    logs.Display(config.log.every, leader) as display,
+    display.Display(config.log.every, leader) as screen,
   ):
     try:
-      return run_phases(parts, flat, held_out, path, store, metrics, display)
+      return run_phases(parts, flat, held_out, path, store, metrics, screen)
     except checkpoint.Stopped as stopped:
-      display.note(f'{stopped}; the same command with --workdir={path} goes on from here')
+      screen.note(f'{stopped}; the same command with --workdir={path} goes on from here')
       return stopped.code
 
 
-def run_phases(parts, flat, held_out, path, store, metrics, display) -> int:
+def run_phases(parts, flat, held_out, path, store, metrics, screen) -> int:
   """Finds the newest checkpoint and runs the phases from there; returns 0."""
   if (path / 'phases' / wiring.kept_name(flat, len(flat) - 1)).is_dir():
-    display.note(f'{path} is finished')
+    screen.note(f'{path} is finished')
     return 0
   target_of = lambda at: parts.phases[flat[at['index']][0]].learner.abstract()  # noqa: E731
-  newest = store.newest(target_of, display.note)
+  newest = store.newest(target_of, screen.note)
   at = newest[2] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
   metrics.truncate(at['offsets'])
   if newest and at['tokenizer'] != parts.tokenizer.fingerprint:
@@ -272,12 +273,12 @@ def run_phases(parts, flat, held_out, path, store, metrics, display) -> int:
   best = at['best']
   for index in range(at['index'], len(flat)):
     resume, newest = newest, None
-    best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, display)
+    best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, screen)
   return 0
 
 
 def run_phase(
-  parts, flat, index, resume, best, held_out, path, store, metrics, display
+  parts, flat, index, resume, best, held_out, path, store, metrics, screen
 ) -> float:
   """One phase, from its start or from a checkpoint `resume` = (step of the run, state, host item).
 
@@ -291,8 +292,8 @@ def run_phase(
   start, position, evaluated = at['step'], at['data'], at['evaluated']
 
   # ---- this phase's learner, state and data
-  display.phase(name, section.kind, section.steps, start)
-  display.status('loading parameters')
+  screen.phase(name, section.kind, section.steps, start)
+  screen.status('loading parameters')
   params_of = lambda source: wiring.init_params(  # noqa: E731
     parts, source.model, source.init, flat, index, path
   )
@@ -316,7 +317,7 @@ def run_phase(
     row = {key: value for key, value in tally.items() if key.startswith('timing/')}
     row |= {key: sum(t.get(key, 0) for t in every) for key in FAILURES if key in tally}
     for failure in [t['failure'] for t in every if 'failure' in t][:1]:
-      display.note(f'step {step}: a reward failed and counted 0: {failure}')
+      screen.note(f'step {step}: a reward failed and counted 0: {failure}')
     tally.clear()
     return row
 
@@ -331,13 +332,13 @@ def run_phase(
     row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     metrics.write(header('train', step) | row)
-    display.step(step, row)
+    screen.step(step, row)
     at_reference = step == 1 and phase.starts_at_reference
     for warning in sentinels(row, at_reference, student.model.compute_dtype):
-      display.note(f'step {step}: {warning}')
+      screen.note(f'step {step}: {warning}')
     if samples and (step == 1 or step % config.log.transcripts_every == 0):
       metrics.rollouts({**header('train', step), **sample} for sample in samples)
-      display.transcripts(samples)
+      screen.transcripts(samples)
     if not row['finite']:
       where = f'{name}-{step}-{jax.process_index()}.npz'
       learner.save_batches(path / 'nonfinite' / where, updates)
@@ -358,21 +359,21 @@ def run_phase(
       due = section.eval_every and step and step % section.eval_every == 0
       if (last or due or index == step == 0) and not evaluated:
         flush()
-        display.status('evaluating')
+        screen.status('evaluating')
         row, samples = held_out(phase, state.params, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
         counts = settle(step)
         row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}
         metrics.write(header('eval', step) | row)
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
-        display.evaluation(f'after {name} step {step}', row)
+        screen.evaluation(f'after {name} step {step}', row)
         clock = time.monotonic()
       evaluated = True
       if last:
         break
       # ---- make this step's batches, update, and only then look at the step before
       if step == start:
-        display.status('compiling')
+        screen.status('compiling')
       if step + 1 == config.log.profile_step:
         flush()
         jax.profiler.start_trace(path / 'profile' / name, create_perfetto_trace=True)

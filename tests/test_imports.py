@@ -18,7 +18,7 @@ MAPPED = ('kernels', 'configs', 'experiments')  # top-level folders, imported as
 
 LAYERS = (
   ('kernels',),
-  ('types', 'records', 'ops', 'rl_math', 'tokenizers', 'logs', 'sharding'),
+  ('types', 'records', 'ops', 'rl_math', 'tokenizers', 'logs', 'display', 'sharding'),
   ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'optim'),
   ('data', 'sampling', 'learner', 'evaluation', 'checkpoint', 'rewarding', 'envs'),
   ('train', 'wiring'),
@@ -48,7 +48,8 @@ ONLY_IN = {
 }
 # unit -> the libraries that it may import besides Python's own
 ONLY_LIBRARIES = {'kernels': ('jax', 'numpy'), 'configs': ('ml_collections',)}
-NO_JAX = ('records', 'tasks', 'rewards', 'prompts', 'tokenizers', 'logs', 'rewarding', 'configs')
+NO_JAX = ('records', 'tasks', 'rewards', 'prompts', 'tokenizers', 'logs', 'display')
+NO_JAX += ('rewarding', 'configs')
 JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex')
 TABLES = {
   'TASKS': 'tasks',
