@@ -250,6 +250,18 @@ def finish(process):
   return out
 
 
+def assert_same_end(run, other):
+  plain = lambda workdir: [  # noqa: E731
+    {k: v for k, v in row.items() if not k.startswith('timing/')} for row in lines(workdir)
+  ]
+  assert plain(run) == plain(other)
+  assert (run / 'rollouts.jsonl').read_bytes() == (other / 'rollouts.jsonl').read_bytes()
+  for phase in ('pretrain', 'rl'):
+    ours, theirs = (checkpoint.load_params(each / 'phases' / phase, None) for each in (run, other))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
 def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   finish(start(whole))
@@ -271,15 +283,32 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
   max(newest.rglob('*'), key=lambda file: file.stat().st_size).write_bytes(b'')
   assert f'checkpoint {int(newest.name)} is damaged' in finish(start(killed))
 
-  plain = lambda workdir: [  # noqa: E731
-    {k: v for k, v in row.items() if not k.startswith('timing/')} for row in lines(workdir)
-  ]
-  assert plain(killed) == plain(whole)
-  assert (killed / 'rollouts.jsonl').read_bytes() == (whole / 'rollouts.jsonl').read_bytes()
-  for phase in ('pretrain', 'rl'):
-    ours, theirs = (checkpoint.load_params(run / 'phases' / phase, None) for run in (killed, whole))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-      np.testing.assert_array_equal(a, b)
+  assert_same_end(killed, whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tmp_path):
+  whole, small = tmp_path / 'whole', tmp_path / 'disk' / 'run'
+  finish(start(whole))
+  small.parent.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=2M', 'tmpfs', small.parent]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('needs the right to mount a file system')
+  try:
+    process = start(small)
+    out = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 1, out
+    last = out.splitlines()[-1]
+    assert last.startswith('error: No space left on device') and '--workdir goes on' in last
+    subprocess.run(['mount', '-o', 'remount,ro', small.parent], check=True)
+    process = start(small)
+    out = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 2 and 'cannot write to workdir' in out.splitlines()[-1], out
+    subprocess.run(['mount', '-o', 'remount,rw,size=50M', small.parent], check=True)
+    finish(start(small))
+    assert_same_end(small, whole)
+  finally:
+    subprocess.run(['umount', small.parent], check=True)
 
 
 # ------------------------------------------------------------------------------------ bad input
