@@ -40,7 +40,7 @@ def base(name: str) -> ConfigDict:
 def _llama() -> dict:
   return {
     'kind': 'decoder',
-    'weights': '',  # '' = random; a GGUF path or 'smollm2-135m-instruct'
+    'weights': '',  # '' = random; a GGUF file, 'smollm2-135m-instruct', a Hugging Face folder
     'vocab_size': 0,  # 0 = the tokenizer's
     'num_layers': 2,
     'width': 64,

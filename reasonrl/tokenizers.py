@@ -239,6 +239,12 @@ class SentencePiece:
   def fingerprint(self) -> str:
     return _fingerprint('sentencepiece', self.model)
 
+  @property
+  def verbatim(self) -> bool:
+    """The model reads text as it is: no space put in front or taken away, no character replaced."""
+    text = ' a  \ufb01 '  # the ligature fi
+    return self._processor.normalize(text) == text.replace(' ', '\u2581')
+
   def encode(self, text: str) -> list[int]:
     ids = []
     for part in _split(text, self._controls):
@@ -321,7 +327,7 @@ class ByteLevelBPE:
         f'{path} has the tokenizer {kind!r} with pre-tokenizer {pre!r}; choose a file with '
         f"'gpt2' and one of {', '.join(DIGIT_PRETOKENIZERS)}, or kind tokenizer_json"
       )
-    hf = _package('tokenizers')
+    hf = package('tokenizers')
     pieces = get('ggml.tokens')
     merges = [tuple(merge.split(' ')) for merge in get('ggml.merges')]
     bpe = hf.Tokenizer(hf.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
@@ -516,15 +522,19 @@ def find_gguf(name: str) -> pathlib.Path:
 
 def open_gguf(path: str | os.PathLike):
   """A gguf.GGUFReader (memory-mapped) of `path`. Raises UserError if it is no GGUF file."""
-  gguf = _package('gguf')
+  gguf = package('gguf')
   try:
     return gguf.GGUFReader(path)
   except ValueError as error:
     raise records.UserError(f'{path} is not a readable GGUF file: {error}') from error
 
 
-def _package(name):
-  """Imports an optional package, late: most runs never need it."""
+def package(name):
+  """Imports a package of the extra 'hf', late: most runs never need it.
+
+  Raises:
+    UserError: it is not there (the message says how to install it).
+  """
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
@@ -534,7 +544,7 @@ def _package(name):
 
 
 def _runtime(spec):
-  runtime = _package('tokenizers').Tokenizer.from_str(json.dumps(spec))
+  runtime = package('tokenizers').Tokenizer.from_str(json.dumps(spec))
   runtime.no_truncation()  # a saved length limit would cut prompts silently
   runtime.no_padding()
   return runtime

@@ -29,7 +29,7 @@ from reasonrl import (
   tokenizers,
   types,
 )
-from reasonrl.models import gguf
+from reasonrl.models import gguf, huggingface
 
 LOSSES = {'nll': learner.nll}
 
@@ -145,17 +145,15 @@ def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts
   tokenizer = make_tokenizer(config, task, workdir)
   models, samplers = {}, {}
   for name, fields in config.models.items():
-    section = fields.copy_and_resolve_references()
-    section.vocab_size = section.vocab_size or tokenizer.vocab_size
-    models[name] = build(tables['model'][fields.kind], section, 'kind', 'weights')
-    if tokenizer.vocab_size > section.vocab_size:
+    models[name] = make_model(tables['model'], fields, tokenizer)
+    if tokenizer.vocab_size > models[name].vocab_size:
       raise records.UserError(
-        f'models.{name}.vocab_size={section.vocab_size} is smaller than the tokenizer, '
+        f'models.{name}.vocab_size={models[name].vocab_size} is smaller than the tokenizer, '
         f'{tokenizer.vocab_size} tokens'
       )
     # Never sampled: marks other than EOS, and rows of the head that stand for no token.
     forbidden = set(tokenizer.control_ids) - set(tokenizer.eos_ids)
-    forbidden |= set(range(tokenizer.vocab_size, section.vocab_size))
+    forbidden |= set(range(tokenizer.vocab_size, models[name].vocab_size))
     samplers[name] = sampling.Sampler(models[name], mesh, tuple(sorted(forbidden)))
   parts = Parts(
     config=config,
@@ -175,6 +173,13 @@ def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts
   for name in dict.fromkeys(name for name, _ in flat):
     parts.phases[name] = make_phase(parts, tables, flat, name)
   return parts
+
+
+def make_model(table: dict, fields, tokenizer):
+  """A network from a section of `config.models`; vocab_size 0 is the tokenizer's."""
+  section = fields.copy_and_resolve_references()
+  section.vocab_size = section.vocab_size or tokenizer.vocab_size
+  return build(table[fields.kind], section, 'kind', 'weights')
 
 
 def make_tokenizer(config, task, workdir: pathlib.Path):
@@ -354,13 +359,24 @@ def start_params(parts: Parts, model: str):
   if not weights:
     key = jax.random.key(parts.config.seed, impl='threefry2x32')
     return jax.jit(network.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(key)
-  found, params = gguf.read(weights)
-  for name, value in found.items():
-    if getattr(network, name) != value:
+  folder = pathlib.Path(weights).expanduser()
+  found, params = huggingface.read(folder) if folder.is_dir() else gguf.read(weights)
+  wrong = [
+    f'{name}={value!r}, not {getattr(network, name)!r}'
+    for name, value in found.items()
+    if getattr(network, name) != value
+  ]
+  if wrong:
+    raise records.UserError(f'{weights!r} needs models.{model}: {"; ".join(wrong)}')
+
+  def place(path, x, to):
+    if x.shape != to.shape:
       raise records.UserError(
-        f'models.{model}.{name}={getattr(network, name)}, but {weights!r} has {value}'
+        f'models.{model}: {sharding.path_of(path)} is {to.shape}, but {weights!r} has {x.shape}'
       )
-  return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, target)
+    return jax.device_put(x.astype(to.dtype), to.sharding)
+
+  return jax.tree_util.tree_map_with_path(place, params, target)
 
 
 def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir: pathlib.Path):

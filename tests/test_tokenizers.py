@@ -1,6 +1,7 @@
 """Round trips, control strings, sentencepiece training, and the digits of the GGUF tokenizer."""
 
 import importlib.util
+import io
 import json
 import pickle
 import sys
@@ -112,6 +113,19 @@ def test_save_and_load(backends, name, tmp_path):
   assert again.encode('What is 3?') == tok.encode('What is 3?')
   assert not list(tmp_path.glob('**/*.tmp'))
   assert pickle.loads(pickle.dumps(tok)).fingerprint == tok.fingerprint
+
+
+@pytest.mark.parametrize('changed', ['add_dummy_prefix', 'remove_extra_whitespaces', 'nfkc'])
+def test_verbatim(backends, changed):
+  assert backends['bpe'].verbatim and backends['unigram'].verbatim and backends['char'].verbatim
+  options = {'add_dummy_prefix': False, 'remove_extra_whitespaces': False}
+  options['normalization_rule_name'] = 'nfkc' if changed == 'nfkc' else 'identity'
+  options |= {changed: True} if changed in options else {}
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(SUMS), model_writer=model, vocab_size=60, minloglevel=2, **options
+  )
+  assert not tokenizers.SentencePiece(model.getvalue()).verbatim
 
 
 def test_fingerprints_differ(backends):
