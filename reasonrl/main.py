@@ -157,8 +157,9 @@ def guarded(main, parser) -> None:
       f'error: {e.strerror}{where}; what was saved is whole, and the same command with --workdir '
       'goes on from it',
       file=sys.stderr,
+      flush=True,
     )
-    sys.exit(1)
+    os._exit(1)  # the threads of a save that failed would print pages below that line
   except KeyboardInterrupt:
     sys.exit(130)
 

@@ -241,19 +241,20 @@ def test_build(backends, tmp_path):
   assert '(01)' in {trained.id_to_piece(i) for i in range(trained.vocab_size)}
   trained.save(tmp_path)
   assert build('sentencepiece', tmp_path / 'tokenizer.model', untouched()) == trained
+  assert build('saved', tmp_path, untouched()) == trained
   backends['tokenizer_json'].save(tmp_path / 'hf')
   path = tmp_path / 'hf' / 'tokenizer.json'
   assert build('tokenizer_json', path, untouched()) == backends['tokenizer_json']
 
 
-@pytest.mark.parametrize('kind', ['sentencepiece', 'gguf', 'tokenizer_json'])
+@pytest.mark.parametrize('kind', ['sentencepiece', 'gguf', 'saved', 'tokenizer_json'])
 def test_build_names_a_missing_file(kind):
   with pytest.raises(records.UserError, match='nowhere/tokenizer'):
     build(kind, 'nowhere/tokenizer.file')
 
 
 def test_build_bad_input(tmp_path):
-  with pytest.raises(records.UserError, match="'spm'; choose from bytes, gguf, sentencepiece, tok"):
+  with pytest.raises(records.UserError, match="'spm'; choose from bytes, gguf, saved, sentencep"):
     build('spm')
   (tmp_path / 'text').write_text('text')
   with pytest.raises(records.UserError, match='text is not a sentencepiece model'):
