@@ -32,6 +32,7 @@ from reasonrl import (
   logs,
   records,
   sharding,
+  tooling,
   types,
   wiring,
 )
@@ -66,14 +67,14 @@ def supervised_steps(parts, phase, place, position, tally, params_of):
   del params_of
   section = phase.section
   stream = data.Stream(parts.task, 'train', place[0], section.examples_per_step, position)
-  pack = functools.partial(wiring.pack, parts, section.row_length, section.rows_per_batch)
+  pack = functools.partial(tooling.pack, parts, section.row_length, section.rows_per_batch)
 
   def make(state, step):
     del state, step
-    with wiring.timed(tally, 'data'):
+    with tooling.timed(tally, 'data'):
       examples = wiring.augmented(parts, stream.next())
       seqs = [wiring.supervised_sequence(parts, section, example) for example in examples]
-    with wiring.timed(tally, 'pack'):
+    with tooling.timed(tally, 'pack'):
       trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
       updates = [(pack(seqs)[0], (trained,))]
     tokens = sum(seq.tokens_L.size for seq in seqs)
@@ -90,16 +91,16 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
   per_step = algorithm.num_iterations * algorithm.num_minibatches  # optimizer steps
   frozen = {'ref': params_of(section.reads.ref)} if 'ref_logp' in algorithm.needs else {}
   shape = section.row_length, section.rows_per_batch
-  pack = functools.partial(wiring.pack, parts, *shape)
-  score = wiring.make_score(parts, phase.learner, *shape)
+  pack = functools.partial(tooling.pack, parts, *shape)
+  score = tooling.make_score(parts, phase.learner, *shape)
   examples = lambda: wiring.augmented(parts, stream.next())  # noqa: E731
-  tools = wiring.make_tools(parts, section.trains, examples, 'train', place, score, tally)
+  tools = tooling.make_tools(parts, section.trains, examples, 'train', place, score, tally)
 
   def make(state, step):
     named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **frozen}
     kept, groups = [], 0
     for _ in range(section.max_generation_batches):
-      with wiring.timed(tally, 'rollout'):
+      with tooling.timed(tally, 'rollout'):
         found = env.rollout(tools, named, step)
       good = np.unique(found.group_B)[algorithm.keep(found)][: wanted - groups]
       if good.size:
@@ -118,7 +119,7 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
       shuffled_R = rng.permutation(experience.reward_R)
       experience = dataclasses.replace(experience, reward_R=shuffled_R)
     sources = {'old_logp': 'params', 'ref_logp': 'ref'}
-    with wiring.timed(tally, 'score'):
+    with tooling.timed(tally, 'score'):
       scores = {
         name: tools.score(named[source], experience)
         for name, source in sources.items()
@@ -135,7 +136,7 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
         part = types.take_rows(experience, members)
         weight_BT, denominator = algorithm.weights(part)
         aux_BT = {'weight': weight_BT, 'adv': adv_BT[members], 'sampler_logp': part.logp_BT}
-        with wiring.timed(tally, 'pack'):
+        with tooling.timed(tally, 'pack'):
           seqs = learner.sequences(part.tokens_BT, part.length_B, aux_BT | part.scores)
           updates.append((pack(seqs)[0], (sharding.total(denominator),)))
 
@@ -239,7 +240,7 @@ def run(config, workdir: str, pool) -> int:
   path = logs.check_workdir(workdir, config, MAY_DIFFER)
   flat = wiring.positions(config, STEPS)
   parts = wiring.wire(config, TABLES, flat, path, pool, stop.poll)
-  held_out = wiring.make_held_out(parts)
+  held_out = tooling.make_held_out(parts)
 
   # ---- open the workdir, run
   if leader:
@@ -327,7 +328,7 @@ def run_phase(
     if pending is None:
       return
     (step, row, reports, updates, samples), pending = pending, None
-    with wiring.timed(row, 'wait'):
+    with tooling.timed(row, 'wait'):
       row |= merge([learner.reduce_reports(report) for report in reports])
     row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
@@ -379,12 +380,12 @@ def run_phase(
         jax.profiler.start_trace(path / 'profile' / name, create_perfetto_trace=True)
       updates, describe, position = make(state, step)
       evaluated, reports = False, []
-      with wiring.timed(tally, 'update'):
+      with tooling.timed(tally, 'update'):
         for batches, denominators in updates:
           state, report = student.update(state, batches, denominators)
           reports.append(report)
       flush()
-      with wiring.timed(tally, 'describe'):
+      with tooling.timed(tally, 'describe'):
         row, samples = describe()
       pending = (step + 1, row | settle(step + 1), reports, updates, samples)
       if step + 1 == config.log.profile_step:

@@ -21,7 +21,7 @@ LAYERS = (
   ('types', 'records', 'ops', 'rl_math', 'tokenizers', 'logs', 'display', 'sharding'),
   ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'optim'),
   ('data', 'sampling', 'learner', 'evaluation', 'checkpoint', 'rewarding', 'envs'),
-  ('train', 'wiring'),
+  ('train', 'tooling', 'wiring'),
   ('main', 'evaluate', 'export', 'report', 'experiments'),
 )
 LIBRARY = tuple(unit for layer in LAYERS[1:4] for unit in layer)
@@ -34,7 +34,7 @@ MAY_IMPORT = {
   'ops': ('kernels', 'types', 'records'),
   **{unit: LAYERS[1] for unit in LAYERS[2]},
   **{unit: SHARED for unit in LAYERS[3]},
-  **{unit: (*LIBRARY, 'wiring') for unit in LAYERS[4]},
+  **{unit: (*LIBRARY, 'wiring', 'tooling') for unit in LAYERS[4]},
   **{unit: tuple(u for layer in LAYERS for u in layer) + ('configs',) for unit in LAYERS[5]},
   'configs': (),
 }
