@@ -7,6 +7,9 @@ import json
 import pathlib
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from reasonrl.configs import common
 
 VARIANTS = {}  # the argument is the folder of a run
 
@@ -16,13 +19,20 @@ def get_config(arg=''):
   path = pathlib.Path(arg or '').expanduser() / 'config.json'
   if not arg or not path.is_file():
     raise ValueError(f'no {str(path)!r}: what follows the colon is the folder of a run')
-  config = ConfigDict(_tuples(json.loads(path.read_text(encoding='utf-8'))))
+  config = ConfigDict(_typed(json.loads(path.read_text(encoding='utf-8')), _optional()))
   config.lock()
   return config
 
 
-def _tuples(value):
-  """JSON has lists where a config has tuples."""
+def _optional():
+  """Field -> its type, of the fields that may be None."""
+  sections = (common.model('nano'), common.algorithm('grpo'), common.optim(0.0))
+  return {k: s.get_type(k) for s in sections for k, v in s.items() if v is None}
+
+
+def _typed(value, optional):
+  """JSON has lists where a config has tuples, and null where it has a placeholder."""
   if isinstance(value, dict):
-    return {k: _tuples(v) for k, v in value.items()}
-  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+    none = {k: placeholder(optional[k]) for k, v in value.items() if v is None and k in optional}
+    return {k: _typed(v, optional) for k, v in value.items()} | none
+  return tuple(_typed(v, optional) for v in value) if isinstance(value, list) else value

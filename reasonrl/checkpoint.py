@@ -64,13 +64,12 @@ class Checkpoints:
       UserError: it does not fit the target, or none is whole.
     """
     damaged = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        state, host = self._read(step, target_of)
-      except records.UserError:
-        raise
-      except Exception as error:  # whatever its readers do with a damaged file
-        damaged[step] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    sharding.same(zlib.crc32(repr(steps).encode()) % 2**31, f'{self._workdir}/checkpoints')
+    for step in steps:
+      state, host, why = self._read(step, target_of)
+      if why:
+        damaged[step] = why
         continue
       for bad, why in damaged.items():
         self._set_aside(bad)
@@ -95,23 +94,26 @@ class Checkpoints:
       self._manager.save(step, args=args, force=True)
 
   def _read(self, step: int, target_of):
-    with _quiet():
-      args = ocp.args.Composite(host=ocp.args.JsonRestore())
-      host = self._manager.restore(step, args=args).host
-      if host.pop('host_sum') != _host_sum(host):
-        raise ValueError('the sum over its position differs')
-      target = target_of(host)
-      wrong = [(a, b) for a, b in itertools.zip_longest(host['layout'], _layout(target)) if a != b]
-      if wrong:
+    """State, host item and '', or None, None and what is damaged."""
+    args = ocp.args.Composite(host=ocp.args.JsonRestore())
+    found, why = _try(lambda: self._manager.restore(step, args=args).host)
+    if why:
+      return None, None, why
+    if found.pop('host_sum', None) != _host_sum(found):
+      return None, None, 'the sum over its position differs'
+    target = target_of(found)
+    for saved, wanted in itertools.zip_longest(found['layout'], _layout(target)):
+      if saved != wanted:
         raise records.UserError(
-          f'checkpoint {step} does not fit this model and optimizer: it has {wrong[0][0]}, not '
-          f'{wrong[0][1]}'
+          f'checkpoint {step} does not fit this model and optimizer: it has {saved}, not {wanted}'
         )
-      args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(target)))
-      state = self._manager.restore(step, args=args).state
-    if host['state_sum'] != _state_sum(state):
-      raise ValueError('the sum over its arrays differs')
-    return state, host
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(target)))
+    state, why = _try(lambda: self._manager.restore(step, args=args).state)
+    if why:
+      return None, None, why
+    if found['state_sum'] != _state_sum(state):
+      return None, None, 'the sum over its arrays differs'
+    return state, found, ''
 
   def _set_aside(self, step: int) -> None:
     """Moves a checkpoint out of the way of the one that will be saved at the same step."""
@@ -157,15 +159,26 @@ def _host_sum(host: dict) -> int:
   return zlib.crc32(json.dumps(host, sort_keys=True).encode())
 
 
-@contextlib.contextmanager
-def _quiet():
-  """Hides what the readers of a damaged file print besides raising: pages of tracebacks."""
-  with contextlib.redirect_stderr(io.StringIO()):
+def _try(read: Callable) -> tuple[Any, str]:
+  """What `read` returns and '', or None and what is wrong with the files.
+
+  On several hosts each reads its own part of the arrays, and one that gives up leaves the others in
+  a barrier: there a file that cannot be read ends the run, and is to be moved away by hand.
+  """
+  with contextlib.redirect_stderr(io.StringIO()):  # besides raising, readers print pages
     try:
-      yield
-    except Exception:
-      gc.collect()  # which is when Python tells of coroutines that were dropped
-      raise
+      return read(), ''
+    except Exception as error:
+      # A damaged file makes its readers raise anything; but a lack of memory, or a disk that does
+      # not answer, is no damage. Orbax wraps what went wrong with an array in a bare Exception.
+      cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
+      silent = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+      short = isinstance(cause, MemoryError | jax.errors.JaxRuntimeError)
+      if silent or short or jax.process_count() > 1:
+        raise
+      why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    gc.collect()  # which is when Python tells of coroutines that were dropped
+    return None, why
 
 
 @contextlib.contextmanager

@@ -36,9 +36,11 @@ LENGTHS = (
 
 def parse(argv: list[str]) -> list[str]:
   """main's parser; a run's own config stands in for --config."""
-  given = [match[1] for match in (re.match(r'--?workdir=(.+)', arg) for arg in argv) if match]
-  if given and not any(re.match(r'--?config(=|$)', arg) for arg in argv):
-    argv = [argv[0], f'--config=configs/saved.py:{given[-1]}', *argv[1:]]
+  at = [i for i, arg in enumerate(argv) if re.match(r'--?workdir(=|$)', arg)]
+  if at and not any(re.match(r'--?config(=|$)', arg) for arg in argv):
+    _, equals, workdir = argv[at[-1]].partition('=')
+    workdir = workdir if equals else ''.join(argv[at[-1] + 1 : at[-1] + 2])
+    argv = [argv[0], f'--config=configs/saved.py:{workdir}', *argv[1:]]
   return main.parse(argv)
 
 
@@ -48,16 +50,13 @@ def source(workdir: str, phase: str) -> pathlib.Path:
   Raises:
     UserError: it kept none, or none of that name.
   """
-  folder = pathlib.Path(workdir).expanduser().absolute() / 'phases'
-  kept = [path for path in folder.glob('*') if path.is_dir() and any(path.iterdir())]
-  kept.sort(key=lambda path: path.stat().st_mtime)
-  plain = [path for path in kept if not path.name.endswith('-ema')]
-  if not plain:
-    raise records.UserError(f'{workdir} has not finished a phase: there is nothing in {folder}')
-  if phase and folder / phase not in kept:
-    names = ', '.join(path.name for path in kept)
-    raise records.UserError(f'--phase={phase!r} is not one of {names}')
-  return folder / phase if phase else plain[-1]
+  from reasonrl import export  # here: it imports JAX
+
+  path = pathlib.Path(workdir).expanduser().absolute()
+  kept = export.finished(export.read_config(path), path)
+  if phase and phase not in kept:
+    raise records.UserError(f'--phase={phase!r} is not one of {", ".join(kept)}')
+  return path / 'phases' / (phase or list(kept)[-1])
 
 
 def prepare(config, workdir: str, phase: str, model: str):
@@ -115,8 +114,12 @@ def run(argv: list[str]) -> int:
   workdir = values.to or str(into / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}')
   code = main.start(config, workdir)
 
+  import jax
+
   from reasonrl import report
 
+  if jax.process_index():
+    return code
   rows = report.read_rows(pathlib.Path(workdir, logs.METRICS))
   console = rich.console.Console(highlight=False)
   if rows:

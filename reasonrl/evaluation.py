@@ -236,4 +236,4 @@ def _mean(values) -> float:
 def _std(values) -> float:
   values = np.asarray(values, np.float64)
   values = values[~np.isnan(values)]
-  return float(values.std()) if values.size else math.nan
+  return float(values.std(ddof=1)) if values.size > 1 else math.nan

@@ -110,7 +110,8 @@ def finished(config, workdir: pathlib.Path) -> dict[str, str]:
   for index, (phase, _) in enumerate(flat):
     name = wiring.kept_name(flat, index)
     found |= {f'{name}-ema': phase, name: phase}
-  found = {name: phase for name, phase in found.items() if (workdir / 'phases' / name).is_dir()}
+  kept = {path.parent.name for path in (workdir / 'phases').glob('*/*')}  # not what only evaluated
+  found = {name: phase for name, phase in found.items() if name in kept}
   if not found:
     raise records.UserError(f'{str(workdir)!r} has not finished a phase: its phases/ is empty')
   return found

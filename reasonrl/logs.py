@@ -17,6 +17,8 @@ times have keys under `timing/`. A rollout row is {'step', 'phase', 'prompt', 'c
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -27,7 +29,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from reasonrl import records
 
@@ -150,10 +152,22 @@ def check_workdir(workdir: str, config: Any, may_differ: Sequence[str]) -> pathl
   return path
 
 
-def open_workdir(path: pathlib.Path, config: Any, devices: Sequence[str]) -> None:
+def check_opened(path: pathlib.Path, config: Any, may_differ: Sequence[str]) -> None:
+  """On every host of a run, when its first process has opened the workdir.
+
+  Raises:
+    UserError: this host does not see it, or has another config.
+  """
+  if not (path / 'config.json').exists():
+    raise records.UserError(f'workdir {path} is not on a disk that every host sees')
+  check_workdir(str(path), config, may_differ)
+
+
+def open_workdir(path: pathlib.Path, config: Any, devices: Sequence[str]) -> TextIO:
   """Creates a run's folder, or opens it again to resume.
 
-  Writes config.json, and env.json with one entry for each start of the run.
+  Writes config.json, and env.json with one entry for each start of the run. Returns a file: while
+  it is open, no other process can open the workdir.
 
   Args:
     path: from `check_workdir`.
@@ -161,14 +175,23 @@ def open_workdir(path: pathlib.Path, config: Any, devices: Sequence[str]) -> Non
     devices: what the run computes on, in words.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: it cannot be written, or another process runs in it.
   """
   try:
     path.mkdir(parents=True, exist_ok=True)
+    lock = open(path / 'lock.tmp', 'w')  # .tmp: alone it makes no run of the folder
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise records.UserError(f'another process runs in workdir {path}') from e
+    except OSError as e:
+      if e.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a mounted bucket knows no locks
+        raise
     _write_json(path / 'config.json', _plain(config.to_dict()))
     starts = path / 'env.json'
     earlier = json.loads(starts.read_text(encoding='utf-8')) if starts.exists() else []
     _write_json(starts, [*earlier, _environment(devices)])
+    return lock
   except OSError as e:
     raise records.UserError(f'cannot write to workdir {path}: {e.strerror}') from e
 

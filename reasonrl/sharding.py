@@ -42,13 +42,14 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     )
   # Auto: make_mesh defaults to Explicit axes since jax 0.9, under which a product of two sharded
   # operands raises a ShardingTypeError instead of letting the compiler place the collectives.
-  mesh = jax.make_mesh(
-    tuple(sizes), types.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used]
-  )
-  # The processes that hold each block of rows: row blocks must come in the order of the processes.
+  auto = (AxisType.Auto,) * 3
+  if jax.process_count() == 1:
+    return jax.make_mesh(tuple(sizes), types.MESH_AXES, axis_types=auto, devices=devices[:used])
+  # make_mesh follows the torus and mixes the processes, but each must hold a stretch of the rows.
+  ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+  mesh = Mesh(np.asarray(ordered).reshape(sizes), types.MESH_AXES, axis_types=auto)
   holders = [{d.process_index for d in row} for row in mesh.devices.reshape(-1, sizes[2])]
-  each, rest = divmod(len(holders), jax.process_count())
-  if rest or holders != [{p} for p in range(jax.process_count()) for _ in range(each)]:
+  if any(len(holder) > 1 for holder in holders) or len(holders) % jax.process_count():
     raise records.UserError(
       f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: each of the {jax.process_count()} '
       'processes must hold rows of its own, so tensor must divide the devices of a process '
@@ -166,6 +167,18 @@ def total(value: float) -> float:
   if jax.process_count() == 1:
     return value
   return math.fsum(gather(value))
+
+
+def same(value: int, what: str) -> int:
+  """The value, which must be every process's.
+
+  Raises:
+    UserError: it is not.
+  """
+  high, low = agree(value), -agree(-value)
+  if high != low:
+    raise records.UserError(f'{what} is not the same on every host: {low} to {high}')
+  return value
 
 
 def gather(value) -> list:

@@ -133,7 +133,7 @@ def voter(parts: wiring.Parts, examples):
 
 
 def make_held_out(parts: wiring.Parts):
-  """(phase, params, version, tally) -> metrics and transcripts on the first test examples."""
+  """(phase, train state, version, tally) -> metrics and transcripts on the first test examples."""
   count, n = parts.evaluation.num_examples, jax.process_count()
   if count % n:
     raise records.UserError(f'evaluation.num_examples={count} does not divide over {n} processes')
@@ -143,21 +143,19 @@ def make_held_out(parts: wiring.Parts):
     parts.prompter.render(parts.tokenizer, example)
 
   env = parts.evaluation_env
-  correct = parts.evaluation.correct
+  correct, vote = parts.evaluation.correct, voter(parts, found)
   window = types.padded(parts.prompter.max_length) + env.max_completion_length
   rows = 8 * parts.mesh.shape['data'] * parts.mesh.shape['fsdp']  # 8 a device
 
-  def held_out(phase, params, version, tally):
+  def held_out(phase, state, version, tally):
     score = make_score(parts, phase.learner, window, rows)
     model = phase.section.trains
     tools = make_tools(parts, model, lambda: examples, 'eval', (0, 0), score, tally)
-    named = {'params': params, 'version': version}
-    metrics, found = evaluation.evaluate(
-      parts.evaluation, env, tools, named, voter(parts, examples)
-    )
+    named = {'params': state.params, 'ema': state.ema, 'version': version}
+    metrics, experiences = evaluation.evaluate(parts.evaluation, env, tools, named, vote)
     shown = [
       {'mode': mode, **sample}
-      for mode, experience in found.items()
+      for mode, experience in experiences.items()
       for sample in evaluation.transcripts(
         experience, None, parts.config.log.transcripts, correct
       )

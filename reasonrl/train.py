@@ -138,7 +138,8 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
         aux_BT = {'weight': weight_BT, 'adv': adv_BT[members], 'sampler_logp': part.logp_BT}
         with tooling.timed(tally, 'pack'):
           seqs = learner.sequences(part.tokens_BT, part.length_B, aux_BT | part.scores)
-          updates.append((pack(seqs)[0], (sharding.total(denominator),)))
+          # Where no process trains a token all weights are 0, and 0 / 1 is 0.
+          updates.append((pack(seqs)[0], (sharding.total(denominator) or 1.0,)))
 
     def describe():
       correct, prefill = parts.evaluation.correct, parts.prompter.prefill
@@ -237,18 +238,21 @@ def run(config, workdir: str, pool) -> int:
     cache = str(pathlib.Path(config.compilation_cache).expanduser())
     jax.config.update('jax_compilation_cache_dir', cache)
   stop, leader = checkpoint.StopSignal(config.checkpoint.grace_s), jax.process_index() == 0
-  path = logs.check_workdir(workdir, config, MAY_DIFFER)
+  path = everywhere(lambda: logs.check_workdir(workdir, config, MAY_DIFFER))
   flat = wiring.positions(config, STEPS)
   parts = wiring.wire(config, TABLES, flat, path, pool, stop.poll)
   held_out = tooling.make_held_out(parts)
 
   # ---- open the workdir, run
+  devices = [str(d) for d in jax.devices()]
+  lock = everywhere(lambda: logs.open_workdir(path, config, devices) if leader else None)
+  everywhere(lambda: logs.check_opened(path, config, MAY_DIFFER))
   if leader:
-    logs.open_workdir(path, config, [str(d) for d in jax.devices()])
     wiring.save_tokenizer(parts.tokenizer, path)
   keep = {'keep_last': config.checkpoint.keep_last, 'keep_every': config.checkpoint.keep_every}
   with (
     stop,
+    lock or contextlib.nullcontext(),
     contextlib.closing(checkpoint.Checkpoints(path, **keep)) as store,
     contextlib.closing(logs.Metrics(path, leader)) as metrics,
     display.Display(config.log.every, leader) as screen,
@@ -260,9 +264,33 @@ def run(config, workdir: str, pool) -> int:
       return stopped.code
 
 
+def everywhere(action):
+  """Does something on every process, and waits for all; what one of them refuses stops all."""
+  done, refusal = None, ''
+  try:
+    done = action()
+  except records.UserError as error:
+    refusal = str(error)
+  for told in sharding.gather(refusal):
+    if told:
+      raise records.UserError(told)
+  return done
+
+
+@contextlib.contextmanager
+def trace(folder):
+  """Profiles what happens within, on the first process."""
+  if jax.process_index() > 0:
+    yield
+    return
+  with jax.profiler.trace(folder, create_perfetto_trace=True):
+    yield
+
+
 def run_phases(parts, flat, held_out, path, store, metrics, screen) -> int:
   """Finds the newest checkpoint and runs the phases from there; returns 0."""
-  if (path / 'phases' / wiring.kept_name(flat, len(flat) - 1)).is_dir():
+  last = path / 'phases' / wiring.kept_name(flat, len(flat) - 1)
+  if sharding.same(int(last.is_dir()), f'whether {last} exists'):
     screen.note(f'{path} is finished')
     return 0
   target_of = lambda at: parts.phases[flat[at['index']][0]].learner.abstract()  # noqa: E731
@@ -361,7 +389,7 @@ def run_phase(
       if (last or due or index == step == 0) and not evaluated:
         flush()
         screen.status('evaluating')
-        row, samples = held_out(phase, state.params, step, tally)
+        row, samples = held_out(phase, state, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
         counts = settle(step)
         row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}
@@ -375,22 +403,22 @@ def run_phase(
       # ---- make this step's batches, update, and only then look at the step before
       if step == start:
         screen.status('compiling')
-      if step + 1 == config.log.profile_step:
+      traced = step + 1 == config.log.profile_step
+      if traced:
         flush()
-        jax.profiler.start_trace(path / 'profile' / name, create_perfetto_trace=True)
-      updates, describe, position = make(state, step)
-      evaluated, reports = False, []
-      with tooling.timed(tally, 'update'):
-        for batches, denominators in updates:
-          state, report = student.update(state, batches, denominators)
-          reports.append(report)
-      flush()
-      with tooling.timed(tally, 'describe'):
-        row, samples = describe()
-      pending = (step + 1, row | settle(step + 1), reports, updates, samples)
-      if step + 1 == config.log.profile_step:
+      with trace(path / 'profile' / name) if traced else contextlib.nullcontext():
+        updates, describe, position = make(state, step)
+        evaluated, reports = False, []
+        with tooling.timed(tally, 'update'):
+          for batches, denominators in updates:
+            state, report = student.update(state, batches, denominators)
+            reports.append(report)
         flush()
-        jax.profiler.stop_trace()
+        with tooling.timed(tally, 'describe'):
+          row, samples = describe()
+        pending = (step + 1, row | settle(step + 1), reports, updates, samples)
+        if traced:
+          flush()
     except checkpoint.Stopped:
       save(step)
       raise

@@ -209,13 +209,11 @@ def rewarded(experience: Experience, scores: list[BatchScore]) -> Experience:
 
 
 def token_rewards(experience: Experience, token_values) -> np.ndarray:
-  """Credit per completion token (one array per rollout, or None) on the tokens of its rows: [B, T].
+  """Credit per sampled token (one array per rollout, or None) where the tokens are: [B, T].
 
-  A rollout's values run over the tokens after the prompt, row after row.
+  A rollout's values run over its policy tokens, row after row.
   """
-  at = np.arange(experience.tokens_BT.shape[1])[None, :]
-  said_BT = at >= experience.prompt_length_B[:, None]
-  said_BT &= at < experience.length_B[:, None]
+  said_BT = experience.source_BT == POLICY
   reward_BT = np.zeros(said_BT.shape, np.float32)
   for r, values in enumerate(token_values):
     if values is not None:

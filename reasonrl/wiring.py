@@ -99,6 +99,11 @@ def make_task(table: dict, section, what: str):
   return build(lookup(table, section.name, f'{what}.name'), section, 'name', **built)
 
 
+def phase_sections(config) -> dict[str, Any]:
+  """The sections of a config that `phases` may name."""
+  return {k: v for k, v in config.items() if hasattr(v, 'kind') and hasattr(v, 'trains')}
+
+
 def positions(config, kinds) -> list[tuple[str, int]]:
   """config.phases flattened to (name, iteration); a loop is a tuple ending in its repetitions."""
   flat = []
@@ -107,7 +112,7 @@ def positions(config, kinds) -> list[tuple[str, int]]:
       raise records.UserError(f'the loop of phases {entry} must end in how often it is repeated')
     names, times = ((entry,), 1) if isinstance(entry, str) else (entry[:-1], entry[-1])
     flat += [(name, iteration) for iteration in range(times) for name in names]
-  sections = {k: v for k, v in config.items() if hasattr(v, 'kind') and hasattr(v, 'trains')}
+  sections = phase_sections(config)
   for name, _ in flat:
     lookup(sections, name, 'phases')
     lookup(kinds, config[name].kind, f'{name}.kind')
@@ -291,8 +296,13 @@ def check_examples(parts: Parts, section) -> None:
 
 def check_rewards(task, rewards) -> None:
   """Refuses examples whose one reward is not among those of the run: nothing else would pay."""
-  for i in range(256):
-    example = task.example('train', i)
+  examples = [task.example('train', i) for i in range(256)]
+  members, left = [], [task]
+  while left:  # a rare member of a mixture may come later than that
+    member = left.pop()
+    members += [member.example('train', 0)]
+    left += [inner for _, inner in getattr(member, 'members', {}).values()]
+  for example in [*examples, *members]:
     name = example.meta.get(records.CHECKED_BY)
     if name is not None and name not in rewards:
       raise records.UserError(
@@ -302,17 +312,24 @@ def check_rewards(task, rewards) -> None:
 
 def check_numbers(config) -> None:
   """Refuses counts that must be positive."""
+  sections = phase_sections(config)
   counts = {
     'checkpoint.save_every': config.checkpoint.save_every,
     'checkpoint.keep_last': config.checkpoint.keep_last,
     'log.every': config.log.every,
     'log.transcripts_every': config.log.transcripts_every,
     'evaluation.num_examples': config.evaluation.num_examples,
+    'evaluation.env.num_generations': config.evaluation.env.num_generations,
     'loss_chunk': config.loss_chunk,
   }
+  for field in ('examples_per_step', 'prompts_per_step'):
+    counts |= {f'{name}.{field}': s[field] for name, s in sections.items() if field in s}
   for name, count in counts.items():
     if count < 1:
       raise records.UserError(f'{name}={count} must be at least 1')
+    n = jax.process_count()
+    if name.endswith('_per_step') and count % n:
+      raise records.UserError(f'{name}={count} does not divide over {n} processes')
 
 
 def check_sizes(parts: Parts, name: str, env) -> None:

@@ -169,3 +169,30 @@ def test_a_run_that_cannot_poll_leaves_after_the_grace_and_at_once_on_a_second_c
     start = time.monotonic()
     done = subprocess.run([sys.executable, '-c', program, *arguments], timeout=50)
     assert done.returncode == code and time.monotonic() - start < 40
+
+
+@pytest.mark.parametrize(
+  'error', [MemoryError(), OSError(errno.EIO, 'disk'), jax.errors.JaxRuntimeError('no memory')]
+)
+def test_what_is_no_damage_is_not_taken_for_it(error):
+  def read():
+    raise error
+
+  def wrapped():
+    try:
+      read()
+    except BaseException as cause:
+      raise Exception('reading an array') from cause
+
+  with pytest.raises(type(error)):
+    checkpoint._try(read)
+  with pytest.raises(Exception, match='reading an array'):
+    checkpoint._try(wrapped)
+
+
+def test_whatever_else_a_reader_raises_is_damage():
+  def read():
+    raise KeyError('key_type')
+
+  assert checkpoint._try(read) == (None, "'key_type'")
+  assert checkpoint._try(lambda: 3) == (3, '')

@@ -80,6 +80,7 @@ def test_an_earlier_phase_and_given_weights_are_the_same(run):
     (('--workdir=first', '--config.evaluation.num_exampels=3'), "did you mean 'num_examples'?"),
     (('--config=configs/r1_zero.py', '--model=missing.gguf'), 'missing.gguf'),
     (('--workdir=first', '--distributed'), '--distributed needs --to'),
+    (('--workdir', 'first', '--phase=sft'), "--phase='sft' is not one of pretrain, rl"),
   ],
 )
 def test_bad_input_is_one_line(run, flags, said):
@@ -93,5 +94,8 @@ def test_a_saved_config_is_the_config(run):
   assert config.is_locked and config.pretrain.steps == 2
   assert config.phases == ('pretrain', 'rl') and isinstance(config.task.strides, tuple)
   assert config.rl.optim.weight_decay[0] == ('scale|bias', 0.0)
+  assert config.rl.algorithm.epsilon_high is None
+  config.rl.algorithm.epsilon_high = 0.28  # still a number, if any
+  config.models.policy.sliding_window = 8
   with pytest.raises(ValueError, match='no .*nowhere/config.json'):
     saved.get_config('nowhere')

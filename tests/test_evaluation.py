@@ -192,7 +192,7 @@ def test_summary_by_hand():
   assert got == pytest.approx(
     {
       'reward': 0.5,
-      'reward_std': math.sqrt(0.125),
+      'reward_std': math.sqrt(0.5 / 3),
       'reward/accuracy': 0.5,
       'accuracy': 0.25,  # half a reward is not right
       'completion_length': 2.0,
@@ -218,7 +218,7 @@ def test_the_example_says_which_reward_decides():
 def test_summary_leaves_nan_rewards_out():
   got = summary(sample((1.0, np.nan, 0.5, np.nan)))
   assert got['reward'] == got['reward/accuracy'] == 0.75
-  assert got['reward_std'] == 0.25
+  assert got['reward_std'] == pytest.approx(math.sqrt(0.125))
   assert got['zero_variance_groups'] == 1.0
   assert math.isnan(summary(sample((np.nan,) * 4))['reward'])
 

@@ -66,7 +66,7 @@ def test_open_workdir_writes_the_whole_config_and_each_start(tmp_path):
   assert list(starts[0]['packages']) == sorted(starts[0]['packages'])
   assert starts[0]['packages']['numpy'] == np.__version__
   assert starts[0]['command'].endswith(shlex.join(sys.orig_argv[1:]))
-  assert sorted(file.name for file in path.iterdir()) == ['config.json', 'env.json']
+  assert sorted(file.name for file in path.iterdir()) == ['config.json', 'env.json', 'lock.tmp']
 
 
 def test_another_config_is_refused_with_the_fields(tmp_path):
@@ -104,6 +104,23 @@ def test_folders_that_cannot_be_a_workdir(tmp_path):
   (tmp_path / 'killed').mkdir()
   (tmp_path / 'killed' / 'config.json.tmp').write_text('{')  # killed in its first write
   assert opened(tmp_path / 'killed')
+
+
+def test_one_process_at_a_time(tmp_path):
+  lock = logs.open_workdir(tmp_path / 'run', config(), [])
+  with pytest.raises(records.UserError, match='another process runs in workdir .*run'):
+    logs.open_workdir(tmp_path / 'run', config(), [])
+  lock.close()
+  logs.open_workdir(tmp_path / 'run', config(), []).close()
+
+
+def test_a_host_that_does_not_share_the_run(tmp_path):
+  with pytest.raises(records.UserError, match='not on a disk that every host sees'):
+    logs.check_opened(tmp_path / 'run', config(), [])
+  opened(tmp_path / 'run')
+  logs.check_opened(tmp_path / 'run', config(), [])
+  with pytest.raises(records.UserError, match='belongs to another config'):
+    logs.check_opened(tmp_path / 'run', config(seed=9), [])
 
 
 def test_processes_that_do_not_write_leave_no_trace(tmp_path):

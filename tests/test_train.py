@@ -130,7 +130,7 @@ class Likely:
     logp_BT = tools.score(state['params'], experience)
     np.testing.assert_allclose(logp_BT, experience.logp_BT, atol=1e-4)
     logp_R = np.bincount(experience.rollout_B, logp_BT.sum(1)).astype(np.float32)
-    return types.BatchScore(logp_R, {'twice': 2 * logp_R}, logp_BT)
+    return types.BatchScore(logp_R, {'twice': 2 * logp_R}, None)
 
 
 def test_a_reward_may_use_the_models(tmp_path, pool, monkeypatch):
@@ -191,6 +191,30 @@ def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool)
   assert row['mismatch/max'] < 1e-4
   assert row['timing/rollout_s'] >= row['timing/sample_s'] + row['timing/reward_s']
   assert list((tmp_path / 'run' / 'profile' / 'rl').rglob('perfetto_trace.json.gz'))
+
+
+def test_a_loop_of_phases_with_averages_and_starts_by_name(tmp_path, pool):
+  config = short(phases=('pretrain', ('rl', 'again', 2)), pretrain__steps=2, rl__steps=1)
+  config.again = common.supervised(learning_rate=1e-2)
+  config.again.update({'steps': 1, 'init': 'pretrain', 'examples_per_step': 8, 'row_length': 64})
+  config.again.optim.ema_decay = 0.5
+  run = tmp_path / 'run'
+  assert train.run(config, str(run), pool) == 0
+  names = {path.name for path in (run / 'phases').iterdir()}
+  assert names == {'pretrain', 'rl-0', 'rl-1', 'again-0', 'again-0-ema', 'again-1', 'again-1-ema'}
+  rows = rows_of(run, 'train')
+  assert [(r['phase'], r['iteration'], r['step']) for r in rows] == [
+    *(('pretrain', 0, 1), ('pretrain', 0, 2), ('rl', 0, 3), ('again', 0, 4)),
+    *(('rl', 1, 5), ('again', 1, 6)),
+  ]
+  first, last, average, start = (
+    jax.tree.leaves(checkpoint.load_params(run / 'phases' / name, None))
+    for name in ('again-0', 'again-1', 'again-1-ema', 'pretrain')
+  )
+  # Both began at `pretrain` and saw other examples; the average of one step is half way.
+  assert any(np.any(a != b) for a, b in zip(first, last, strict=True))
+  for p, e, s in zip(last, average, start, strict=True):
+    np.testing.assert_allclose(e, 0.5 * (p + s), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -341,6 +365,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
     ('models.policy.weights', 'missing.gguf', 'missing.gguf'),
     ('rl.optim.weight_decay', ((r'scale', 0.0),), 'covered by none'),
     ('log.every', 0, 'log.every=0 must be at least 1'),
+    ('rl.prompts_per_step', 0, 'rl.prompts_per_step=0 must be at least 1'),
+    ('evaluation.env.num_generations', 0, 'num_generations=0 must be at least 1'),
     ('models.policy.param_dtype', 'bfloat16', 'train float32 parameters'),
     ('rl.algorithm.num_minibatches', 1000, 'num_minibatches=1000 is more than'),
     ('pretrain.init', 'rl', 'an earlier phase .there is none.'),

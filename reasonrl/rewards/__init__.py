@@ -9,7 +9,8 @@ A reward that needs the models (a reward model, an information gain) has instead
     batch(tools, state, experience) -> types.BatchScore
 
 and judges all rollouts of an experience in the trainer's process; `tools` and `state` are those of
-the environment, and `tools.score(params, experience)` gives log-probabilities.
+the environment ('params', 'ema', 'version'; in training also 'ref' if the algorithm needs it), and
+`tools.score(params, experience)` gives log-probabilities.
 """
 
 from reasonrl.rewards import addition, answer, countdown, format

@@ -164,6 +164,8 @@ class Accuracy:
 
   def answer(self, completion: records.Completion) -> str | None:
     """What the completion votes for: equal answers are equal strings. None: it has no answer."""
+    if self.require_stop and completion.stop != records.Stop.EOS:
+      return None
     return normalise(self._extract(completion) or '')
 
   def _extract(self, completion: records.Completion) -> str | None:
