@@ -108,7 +108,8 @@ def main(_) -> int:
   for layout in LAYOUTS:
     whole, kept = to / f'{layout}-whole', str(to.absolute() / 'cache')
     times = {'': finish(whole, layout, kept), kept: finish(to / f'{layout}-again', layout, kept)}
-    print(f'{layout}: {times[""]:.0f} s undisturbed, {times[kept]:.0f} s from the cache', flush=True)
+    told = f'{times[""]:.0f} s undisturbed, {times[kept]:.0f} s from the cache'
+    print(f'{layout}: {told}', flush=True)
     if found := differences(whole, to / f'{layout}-again'):
       raise RuntimeError(f'two undisturbed runs differ in {found}')
     for number in range(_KILLS.value if layout == LAYOUTS[0] else 1):
