@@ -26,7 +26,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from reasonrl import checkpoint, sharding
 
@@ -102,6 +102,7 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 
 def main(_) -> int:
+  logging.set_verbosity(logging.WARNING)
   to, draw = pathlib.Path(_TO.value), random.Random(_SEED.value)
   to.mkdir(parents=True)
   rows = []
