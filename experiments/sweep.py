@@ -205,6 +205,7 @@ def pin(slot: int, chips: int) -> dict[str, str]:
     'TPU_PROCESS_BOUNDS': '1,1,1',
     'TPU_PROCESS_ADDRESSES': f'localhost:{PORT + slot}',
     'TPU_PROCESS_PORT': f'{PORT + slot}',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # else the first process locks the others out
   }
 
 

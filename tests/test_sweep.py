@@ -111,13 +111,14 @@ def test_every_sweep_of_the_repository_is_good(path):
 
 
 def test_chips():
-  # As in JAX's own multi-process tests: two chips of a 2 x 2 host lie along its second axis.
+  # The shapes are those of JAX's own multi-process tests: two chips lie along the second axis.
   assert sweep.pin(1, 2) == {
     'TPU_VISIBLE_CHIPS': '2,3',
     'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,2,1',
     'TPU_PROCESS_BOUNDS': '1,1,1',
     'TPU_PROCESS_ADDRESSES': 'localhost:8477',
     'TPU_PROCESS_PORT': '8477',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   }
 
 
@@ -134,7 +135,7 @@ def get_config(arg=''):
     'seed': 0, 'name': arg, 'do': 'finish', 'x': 0.0, 'rewarding': {'workers': 1, 'timeout_s': 1.0}
   })
 """,
-  # 'wait' ends only when asked to, and finishes when started again
+  # 'wait' ends only when asked to, and finishes when started again; 'save' takes its time
   'reasonrl/train.py': """
 import json, os, pathlib, signal, sys, time
 from reasonrl import records
@@ -149,8 +150,10 @@ def run(config, workdir, pool):
     os.kill(os.getpid(), signal.SIGKILL)
   if config.do == 'crash' or (config.do == 'crash once' and not again):
     raise RuntimeError('broken')
-  if config.do == 'wait' and not again:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  if config.do in ('wait', 'save') and not again:
+    saves = lambda *_: (path / 'saves').open('a').write('x')
+    signal.signal(signal.SIGTERM, saves if config.do == 'save' else lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     (path / 'waits').write_text(str(os.getpid()))
     time.sleep(60)
     raise RuntimeError('never asked to leave')
@@ -297,6 +300,17 @@ def test_signal_reaches_the_trials_and_the_sweep_goes_on(launch, number, code):
   assert sorted(launch.index()) == [('0', 143), ('1', 143)]
   assert launch(WAITING.replace('range(3)', 'range(2)'))[0] == 0
   assert launch.index()[2:] == [('0', 0), ('1', 0)]
+
+
+def test_second_signal_does_not_wait_for_the_save(launch):
+  process = launch.start("def sweep(add):\n  add(name='slow', do='save')\n")
+  wait_for(launch.to / 'slow' / 'waits')
+  process.terminate()
+  wait_for(launch.to / 'slow' / 'saves')
+  process.terminate()
+  process.communicate(timeout=60)
+  assert process.returncode == 143 and launch.index() == [('slow', 130)]
+  assert (launch.to / 'slow' / 'saves').read_text() == 'x'  # told once
 
 
 def test_one_sweep_at_a_time_in_a_folder(launch):
