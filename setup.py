@@ -40,7 +40,7 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.7.2'],
     'cuda': ['jax[cuda12]>=0.7.2'],  # runs on older drivers than cuda13 does
-    'hf': ['tokenizers>=0.22', 'gguf>=0.19'],
+    'hf': ['tokenizers>=0.22', 'gguf>=0.19', 'safetensors>=0.5'],
     'gym': ['reasoning-gym>=0.1.25'],
     'math': ['math-verify>=0.9'],
     'sweep': ['optuna>=4'],
@@ -51,6 +51,7 @@ setuptools.setup(
       'pytest>=8',
       'pytest-timeout>=2.3',
       'ruff>=0.9',
+      'safetensors>=0.5',
       'setuptools>=70.1',  # the wheel test builds one without the network
       'tokenizers>=0.22',
     ],

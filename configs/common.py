@@ -23,7 +23,12 @@ def base(name: str) -> ConfigDict:
       'rewarding': {'workers': 2, 'timeout_s': 10.0},  # processes; wall seconds per completion
       # s: SIGTERM to exit at the latest; keep_every 0: only the newest are kept
       'checkpoint': {'save_every': 20, 'keep_last': 2, 'keep_every': 0, 'grace_s': 20.0},
-      'log': {'every': 10, 'transcripts_every': 10, 'transcripts': 4},  # steps, steps, rollouts
+      'log': {
+        'every': 10,  # steps between plain lines
+        'transcripts_every': 10,  # steps
+        'transcripts': 4,  # rollouts at a time
+        'profile_step': 0,  # step of each phase to trace into <workdir>/profile; 0 = none
+      },
       'compilation_cache': '~/.cache/reasonrl',  # of compiled programs; '' = none
     }
   )
@@ -35,7 +40,7 @@ def base(name: str) -> ConfigDict:
 def _llama() -> dict:
   return {
     'kind': 'decoder',
-    'weights': '',  # '' = random; a GGUF path or 'smollm2-135m-instruct'
+    'weights': '',  # '' = random; a GGUF file, 'smollm2-135m-instruct', a Hugging Face folder
     'vocab_size': 0,  # 0 = the tokenizer's
     'num_layers': 2,
     'width': 64,
@@ -55,6 +60,16 @@ def _llama() -> dict:
     'sliding_window': placeholder(int),  # Mistral 7B v0.1: 4096
     'sliding_window_pattern': 0,  # every n-th layer sees everything; Gemma 2: 2, Gemma 3: 6
     'rope_theta': 10000.0,
+    'rope_scaling': 'default',  # or 'linear' (Gemma 3), 'llama3' (Llama 3.1), 'yarn' (Qwen 2.5, 3)
+    'rope_factor': placeholder(float),  # Gemma 3 from 4B on: 8, Llama 3.1: 8, Qwen 2.5: 4
+    # tokens, before 'llama3' or 'yarn' stretched them; Llama 3.1: 8192, Qwen 2.5: 32768
+    'rope_original_max_position': placeholder(int),
+    'rope_low_freq_factor': 1.0,  # turns within those tokens; Llama 3.1
+    'rope_high_freq_factor': 4.0,
+    'rope_beta_fast': 32.0,  # turns, as above; YaRN (arXiv 2309.00071, sec. 3.2)
+    'rope_beta_slow': 1.0,
+    'rope_attention_factor': placeholder(float),  # None = 0.1 ln(rope_factor) + 1 if 'yarn', else 1
+    'rope_local_theta': placeholder(float),  # of windowed layers, unscaled; Gemma 3: 10000
     'tied_embeddings': True,
     'norm_eps': 1e-5,
     'max_position': 256,
@@ -94,7 +109,7 @@ def model(size: str) -> ConfigDict:
 
 def tokenizer(kind: str) -> ConfigDict:
   """'sentencepiece' (trained on the task's corpus unless `path` is set), 'bytes', 'gguf',
-  'tokenizer_json'."""
+  'tokenizer_json', 'saved' (`path`: the tokenizer/ folder of a run)."""
   return ConfigDict(
     {
       'kind': kind,
@@ -158,6 +173,45 @@ def arithmetic() -> ConfigDict:
   )
 
 
+def addition() -> ConfigDict:
+  """STaR's n-digit addition with a scratchpad (arXiv 2203.14465)."""
+  return ConfigDict(
+    {
+      'name': 'addition',
+      'seed': 0,
+      'min_digits': 1,  # STaR trains on 1 to 5 and holds out 6 to 10
+      'max_digits': 5,
+    }
+  )
+
+
+def countdown() -> ConfigDict:
+  """Reach a target with all of the given numbers, 3 or 4 of them as in TinyZero."""
+  return ConfigDict(
+    {
+      'name': 'countdown',
+      'seed': 0,
+      'min_numbers': 3,
+      'max_numbers': 4,  # at most 6
+      # Stream of Search (arXiv 2404.03683); for a tiny model values to 15 and targets to 60
+      'min_value': 1,
+      'max_value': 99,
+      'min_target': 10,
+      'max_target': 100,
+      'operations': ('+', '-', '*', '/'),  # for a tiny model without '/'
+    }
+  )
+
+
+def mixture(**members: tuple[float, ConfigDict]) -> ConfigDict:
+  """Several tasks in one stream, e.g. mixture(sums=(3, arithmetic()), countdown=(1, countdown())).
+
+  A member's name is free; weights are relative. Every member needs a reward that applies to it.
+  """
+  sections = {name: {'weight': w, 'task': task} for name, (w, task) in members.items()}
+  return ConfigDict({'name': 'mixture', 'members': sections})
+
+
 def rewards(**weights: float) -> ConfigDict:
   """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
   fields = {
@@ -165,6 +219,11 @@ def rewards(**weights: float) -> ConfigDict:
       'after_think': True,  # the answer counts only after </think>
       'extraction': 'strict',  # boxed, answer tag or ####; 'lenient': else the last number
       'require_stop': False,  # True: a completion cut off at its cap earns 0
+    },
+    'addition': {},  # the line after the scratchpad
+    'countdown': {  # as in 'accuracy'
+      'after_think': True,
+      'require_stop': False,
     },
     'r1_format': {'allow_empty_think': False},
     'open_r1_format': {},
@@ -227,6 +286,7 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       'env': single_turn(),
       'algorithm': algorithm(preset),
       'max_generation_batches': 1,  # rollouts per step while the algorithm keeps too few groups
+      'shuffle_rewards': False,  # a control: rewards of a step go to random rollouts of it
       'row_length': 128,  # at least prompt.max_length + max_completion_length
       'rows_per_batch': 8,
       'eval_every': 20,
@@ -258,7 +318,10 @@ def single_turn() -> ConfigDict:
 
 
 def evaluation() -> ConfigDict:
-  """Held-out pass@1 on distinct test problems: greedy, and sampled as `env` says."""
+  """Held-out pass@1 on distinct test problems: greedy, and sampled as `env` says.
+
+  With env.num_generations above 1 also pass@k and majority@k for the powers of two up to it.
+  """
   section = ConfigDict(
     {
       'num_examples': 1024,

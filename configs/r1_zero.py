@@ -42,14 +42,14 @@ def get_config(arg=''):
 
 
 def tiny():
-  """A nano decoder that tracks a ball through eight swaps."""
+  """A nano decoder that tracks a ball through twelve swaps."""
   config = common.base('r1_zero')
   config.phases = ('pretrain', 'rl')
   config.models.policy = common.model('nano')
   config.tokenizer = common.tokenizer('sentencepiece')
   config.tokenizer.model_type = 'char'  # one token per swap, cup and tag
   config.tokenizer.byte_fallback = False
-  config.task = common.shuffled_objects(num_swaps=8)
+  config.task = common.shuffled_objects(num_swaps=12)
   config.prompt = common.prompt('plain')
   config.prompt.add_bos = True
   config.prompt.max_length = 16
@@ -58,7 +58,7 @@ def tiny():
   config.rewards.r1_format.allow_empty_think = True
 
   config.pretrain = common.supervised(learning_rate=3e-3)
-  config.pretrain.steps = 800
+  config.pretrain.steps = 1000
   config.pretrain.row_length = 64
   config.pretrain.rows_per_batch = 16
   config.pretrain.optim.schedule = 'cosine'

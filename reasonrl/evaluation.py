@@ -1,4 +1,5 @@
-"""Held-out evaluation: pass@1, greedy and sampled, with intervals, lengths and truncation.
+"""Held-out evaluation: pass@1, greedy and sampled, with intervals, lengths and truncation; and with
+several samples of a problem pass@k and the vote of k.
 
 An evaluation is a rollout of an environment on test examples. Its random keys do not depend on the
 step, so two evaluations differ by their parameters alone.
@@ -6,12 +7,13 @@ step, so two evaluations differ by their parameters alone.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 
 import numpy as np
 
-from reasonrl import records, rl_math, types
+from reasonrl import records, rl_math, sharding, types
 
 Z95 = 1.959963984540054
 
@@ -21,7 +23,7 @@ class Evaluation:
   """Settings; every default is in `configs/common.py`."""
 
   num_examples: int
-  correct: str  # the reward part that means 'right': 1.0 or 0.0
+  correct: str  # the reward that means 'right', 1 or 0, where the example names no other
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
@@ -29,6 +31,39 @@ def wilson(p: float, n: int) -> tuple[float, float]:
   centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
   half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
   return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(n: int, c, k: int) -> np.ndarray:
+  """Unbiased chance that of k of n samples, c of them right, one is right (arXiv 2107.03374 eq. 1).
+
+      1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n - c + 1}^{n} (1 - k / i)
+
+  Args:
+    n: samples of each problem.
+    c: int [P], how many of them are right.
+    k: at most n.
+  """
+  i = np.arange(1, n + 1)
+  factors = np.where(i > n - np.asarray(c)[:, None], 1 - k / i, 1.0)
+  return 1 - np.maximum(factors, 0.0).prod(1)  # fewer than k wrong ones: some factor is <= 0
+
+
+def majority(answers, right_K) -> float:
+  """1 if the largest group of equal answers is right, else 0 (self-consistency, arXiv 2203.11171).
+
+  A tie goes to the group whose first member comes first; None is no answer and has no vote.
+  """
+  votes = collections.Counter(answer for answer in answers if answer is not None)
+  if not votes:
+    return 0.0
+  winner = votes.most_common(1)[0][0]  # of equal counts the one first met
+  return float(right_K[list(answers).index(winner)])
+
+
+def votes(answers, right_N, k: int) -> float:
+  """Mean of `majority` over the blocks of k consecutive samples; what is left over is not used."""
+  starts = range(0, len(answers) - k + 1, k)
+  return float(np.mean([majority(answers[i : i + k], right_N[i : i + k]) for i in starts]))
 
 
 def paired_gain(before, after) -> tuple[float, float, float]:
@@ -70,27 +105,60 @@ def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int
   return max(stop - reach(start), 0)  # a single token may end one tag and start the other
 
 
-def summary(experience: types.Experience, tokenizer, prefill: str) -> dict[str, float]:
-  """Means over rollouts: reward, its parts, lengths, truncation. NaN rewards do not count."""
+def right(experience: types.Experience, correct: str) -> np.ndarray:
+  """float [R]: 1 where the reward that decides the example says 1, else 0; NaN counts as 0."""
+  names = [example.meta.get(records.CHECKED_BY, correct) for example in experience.examples]
+  return np.asarray([experience.parts[name][r] == 1 for r, name in enumerate(names)], np.float32)
+
+
+def outcomes(
+  experience: types.Experience, tokenizer, prefill: str, correct: str, answer=None
+) -> dict[str, np.ndarray]:
+  """What the metrics are made of: one number per rollout in every column, of all processes.
+
+  Groups are renumbered so that the order of the problems is that of the data, whose n-th problem
+  process n mod count has. `correct`: see `Evaluation`. `answer`: (example, completion) -> what it
+  votes for, a column if it is given.
+  """
   completions = experience.completions
-  out = {'reward': _mean(experience.reward_R), 'reward_std': _std(experience.reward_R)}
-  out |= {f'reward/{name}': _mean(part_R) for name, part_R in experience.parts.items()}
-  lengths = [c.num_tokens for c in completions]
-  out['completion_length'] = float(np.mean(lengths))
-  out['think_length'] = float(np.mean([think_tokens(tokenizer, c, prefill) for c in completions]))
-  out['truncated'] = float(np.mean([c.stop == records.Stop.LENGTH for c in completions]))
-  out['eos_rate'] = float(np.mean([c.stop == records.Stop.EOS for c in completions]))
-  first_row_R = np.unique(experience.rollout_B, return_index=True)[1]
-  group_R = experience.group_B[first_row_R]
-  out['zero_variance_groups'] = rl_math.zero_variance_fraction(experience.reward_R, group_R)
-  out['unmasked_tokens'] = float(sum(lengths) - experience.mask_BT.sum())
+  sampled_R = np.bincount(experience.rollout_B, experience.mask_BT.sum(1))
+  mine = {
+    'group': experience.group_R,
+    'reward': experience.reward_R,
+    'right': right(experience, correct),
+    **{f'reward/{name}': part_R for name, part_R in experience.parts.items()},
+    'completion_length': [c.num_tokens for c in completions],
+    'think_length': [think_tokens(tokenizer, c, prefill) for c in completions],
+    'stop': [int(c.stop) for c in completions],
+    'unmasked_tokens': [c.num_tokens - n for c, n in zip(completions, sampled_R, strict=True)],
+  }
+  if answer is not None:
+    mine['answer'] = [answer(*p) for p in zip(experience.examples, completions, strict=True)]
+  every = sharding.gather({name: np.asarray(column).tolist() for name, column in mine.items()})
+  for process, table in enumerate(every):
+    table['group'] = [g * len(every) + process for g in table['group']]
+  sizes = [len(table['group']) for table in every]
+  return types.concatenate_parts(every, sizes)
+
+
+def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
+  """Means over the rollouts of `outcomes`; NaN rewards do not count."""
+  out = {name: _mean(table[name]) for name in table if name.startswith('reward')}
+  out['reward_std'] = _std(table['reward'])
+  out['accuracy'] = _mean(table['right'])
+  out['completion_length'] = _mean(table['completion_length'])
+  out['think_length'] = _mean(table['think_length'])
+  out['truncated'] = _mean(table['stop'] == records.Stop.LENGTH)
+  out['eos_rate'] = _mean(table['stop'] == records.Stop.EOS)
+  out['stopped_length'] = _mean(table['completion_length'][table['stop'] == records.Stop.EOS])
+  out['zero_variance_groups'] = rl_math.zero_variance_fraction(table['reward'], table['group'])
+  out['unmasked_tokens'] = float(table['unmasked_tokens'].sum())
   return out
 
 
-def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
+def transcripts(experience: types.Experience, adv_BT, count: int, correct: str) -> list[dict]:
   """`count` rollouts spread over the batch: rows of rollouts.jsonl without step and phase."""
-  rows_R = np.unique(experience.rollout_B, return_index=True)[1]
-  out = []
+  rows_R, right_R, out = experience.first_row_R, right(experience, correct), []
   for r in range(0, rows_R.size, max(rows_R.size // max(count, 1), 1))[:count]:
     example, completion, row = experience.examples[r], experience.completions[r], rows_R[r]
     mask_T = experience.mask_BT[row] > 0
@@ -99,6 +167,7 @@ def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
         'prompt': example.problem,
         'completion': completion.text,
         'answer': example.answer,
+        'right': bool(right_R[r]),
         'reward': float(experience.reward_R[r]),
         'parts': {name: float(part_R[r]) for name, part_R in experience.parts.items()},
         'advantage': None if adv_BT is None else float(adv_BT[row][mask_T].mean()),
@@ -110,8 +179,12 @@ def transcripts(experience: types.Experience, adv_BT, count: int) -> list[dict]:
   return out
 
 
-def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dict, dict]:
+def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, answer) -> tuple[dict, dict]:
   """Greedy and sampled results on the same test examples.
+
+  Args:
+    answer: (example, completion) -> the answer it votes for, or None, for majority@k; None: there
+      is no vote.
 
   Returns:
     metrics: 'eval/{greedy,sampled}/{accuracy, accuracy_low, accuracy_high, ...}', and 'outcomes',
@@ -122,17 +195,36 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict) -> tuple[dic
   greedy = {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
   for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
     experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
-    group_R = experience.group_B[np.unique(experience.rollout_B, return_index=True)[1]]
-    right_R = np.nan_to_num(experience.parts[cfg.correct])
-    right_P = np.bincount(group_R, right_R) / np.bincount(group_R)
+    table = outcomes(experience, tools.tokenizer, tools.prefill, cfg.correct, answer)
+    right_R = table['right']
+    right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
     low, high = wilson(accuracy, right_P.size)
-    found = summary(experience, tools.tokenizer, tools.prefill)
+    found = summary(table)
     found |= {'accuracy': accuracy, 'accuracy_low': low, 'accuracy_high': high}
+    for name, which in (('right', right_R == 1), ('wrong', right_R != 1)):
+      found[f'{name}_length'] = _mean(table['completion_length'][which])
+    found |= _of_several(table, right_R)
     metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
     metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]
     experiences[mode] = experience
   return metrics, experiences
+
+
+def _of_several(table, right_R) -> dict[str, float]:
+  """pass@k and majority@k for k = 2, 4, ... up to the samples of a problem."""
+  members = [np.flatnonzero(table['group'] == g) for g in np.unique(table['group'])]
+  n = min(rows.size for rows in members)
+  right_PN = np.stack([right_R[rows[:n]] for rows in members])
+  found, k = {}, 2
+  while k <= n:
+    found[f'pass@{k}'] = float(pass_at_k(n, right_PN.sum(1), k).mean())
+    if 'answer' in table:
+      answers = [table['answer'][rows[:n]].tolist() for rows in members]
+      each = [votes(a, r, k) for a, r in zip(answers, right_PN, strict=True)]
+      found[f'majority@{k}'] = float(np.mean(each))
+    k *= 2
+  return found
 
 
 def _mean(values) -> float:
@@ -144,4 +236,4 @@ def _mean(values) -> float:
 def _std(values) -> float:
   values = np.asarray(values, np.float64)
   values = values[~np.isnan(values)]
-  return float(values.std()) if values.size else math.nan
+  return float(values.std(ddof=1)) if values.size > 1 else math.nan

@@ -8,6 +8,7 @@ code 2. JAX is imported after the reward workers have started, so that they neve
 """
 
 import difflib
+import errno
 import glob
 import importlib.util
 import os
@@ -26,6 +27,15 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, such as configs/r1_zero.py:debug; --config.x=1 changes a field.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run, new or to be resumed.')
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'One run on several hosts: start the same command on each, with one --workdir'
+  ' on a disk that all of them see. TPU pods and Slurm know the rest; else give the next three.',
+)
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0.')
+_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the run has.')
+_PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
 def find_config(given: str) -> str:
@@ -87,22 +97,27 @@ def new_workdir(config_file: str) -> str:
   return f'runs/{name}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
-def main(argv: list[str]) -> int:
-  if argv[1:]:
-    raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
-  if _CONFIG.value is None:
-    find_config('')
-  workdir = _WORKDIR.value or new_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
+def start(config, workdir: str) -> int:
+  """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code."""
+  by_hand = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  if by_hand != (None,) * 3 and (None in by_hand or not _DISTRIBUTED.value):
+    raise records.UserError(
+      '--coordinator, --num_processes and --process_id belong together, with --distributed; got '
+      f'{by_hand}'
+    )
   print(f'workdir: {workdir}', flush=True)
   devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
   if 'JAX_PLATFORMS' not in os.environ and importlib.util.find_spec('libtpu') and not devices:
     os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu would look for a TPU, loudly
     print('no accelerator found: running on the CPU', flush=True)
-  config = _CONFIG.value
 
   from reasonrl import rewarding
 
   with rewarding.Pool(config.rewarding.workers, config.rewarding.timeout_s) as pool:
+    if _DISTRIBUTED.value:
+      import jax
+
+      jax.distributed.initialize(*by_hand)
     from reasonrl import train
 
     code = train.run(config, workdir, pool)
@@ -116,11 +131,38 @@ def main(argv: list[str]) -> int:
   return code
 
 
-if __name__ == '__main__':
+def main(argv: list[str]) -> int:
+  if argv[1:]:
+    raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
+  if _CONFIG.value is None:
+    find_config('')
+  if _DISTRIBUTED.value and not _WORKDIR.value:
+    raise records.UserError('--distributed needs --workdir, a folder that every host sees')
+  workdir = _WORKDIR.value or new_workdir(config_flags.get_config_filename(flags.FLAGS['config']))
+  return start(_CONFIG.value, workdir)
+
+
+def guarded(main, parser) -> None:
+  """Runs a program of this library: bad input is one line and exit code 2."""
   try:
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parser)
   except (records.UserError, flags.Error) as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(2)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+      raise
+    where = f': {e.filename}' if e.filename else ''
+    print(
+      f'error: {e.strerror}{where}; what was saved is whole, and the same command with --workdir '
+      'goes on from it',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)  # the threads of a save that failed would print pages below that line
   except KeyboardInterrupt:
     sys.exit(130)
+
+
+if __name__ == '__main__':
+  guarded(main, parse)

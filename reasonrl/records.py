@@ -17,6 +17,8 @@ from typing import Any
 THINK_OPEN, THINK_CLOSE = '<think>', '</think>'
 ANSWER_OPEN, ANSWER_CLOSE = '<answer>', '</answer>'
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+# Key of Example.meta where equality with `answer` does not decide: names the reward that does.
+CHECKED_BY = 'checked_by'
 
 
 class UserError(ValueError):
@@ -33,13 +35,13 @@ class Stop(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One problem. (task, split, index) is its identity and reproduces it."""
+  """One problem. (split, index) is its identity and reproduces it from the task of the run."""
 
-  task: str
+  task: str  # in a mixture: the member
   split: str  # 'train' | 'test'
-  index: int  # position in the task's random-access stream
+  index: int  # position in the random-access stream of the run's task
   problem: str  # what the user asks, before any prompt template
-  answer: str  # the gold answer
+  answer: str  # the gold answer, or one of them
   solution: str | None  # a whole target completion, without EOS; None: the task has none
   meta: dict[str, Any]  # JSON-able facts: difficulty, prompt augmentations, ...
 
@@ -65,8 +67,15 @@ class Score:
   token_values: tuple[float, ...] | None  # dense credit, one number per token of the completion
 
 
+def split_think(text: str) -> tuple[str, str, str]:
+  """Before, from the first <think> to the next </think>, after; without such a pair (text, '', '').
+  """
+  before, opened, rest = text.partition(THINK_OPEN)
+  span, closed, after = rest.partition(THINK_CLOSE)
+  return (before, opened + span + closed, after) if opened and closed else (text, '', '')
+
+
 def think_span(text: str) -> str | None:
   """The text between the first <think> and the next </think>; None if there is no such pair."""
-  _, opened, rest = text.partition(THINK_OPEN)
-  span, closed, _ = rest.partition(THINK_CLOSE)
-  return span if opened and closed else None
+  think = split_think(text)[1]
+  return think[len(THINK_OPEN) : -len(THINK_CLOSE)] if think else None

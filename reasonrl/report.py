@@ -33,7 +33,7 @@ PANELS = (
     'Accuracy',
     'percent',
     (
-      ('training samples', 'reinforce', 'reward/accuracy', BLUE),
+      ('training samples', 'reinforce', 'accuracy', BLUE),
       ('held-out, sampled', 'eval', 'eval/sampled/accuracy', ORANGE),
       ('held-out, greedy', 'eval', 'eval/greedy/accuracy', GREEN),
     ),
@@ -256,13 +256,8 @@ def _table(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[list[str]]:
 
 def _pieces(row: Mapping[str, Any]) -> dict[str, Any]:
   """A transcript cut where its colours change."""
-  before, think, after = row['completion'], '', ''
-  span = records.think_span(row['completion'])
-  if span is not None:
-    think = records.THINK_OPEN + span + records.THINK_CLOSE
-    before, _, after = row['completion'].partition(think)
-  accuracy = row['parts'].get('accuracy')
-  verdict = '' if accuracy is None else 'right' if accuracy == 1 else 'wrong'
+  before, think, after = records.split_think(row['completion'])
+  verdict = 'right' if row['right'] else 'wrong'
   facts = [f'{name} {row[name]:.3g}' for name in ('reward', 'advantage') if row[name] is not None]
   facts = [verdict, f'answer {row["answer"]}', *facts, f'{row["length"]} tokens', row['stop']]
   return {

@@ -95,8 +95,8 @@ def loss_weights(mask_BT, loss_agg: str, token_constant: int):
       token_sum_const       sum_i sum_t l / (B L)            Dr. GRPO, arXiv 2503.20783, L constant
 
   The denominator belongs to the whole optimizer step: micro-batching, packing and sharding cannot
-  change it. It is at least 1. A row without trained tokens is absent: B does not count it (as in
-  verl and OpenRLHF; TRL's 'grpo' and 'dr_grpo' count it).
+  change it. This is one process's share of it, 0 where it trains no token. A row without trained
+  tokens is absent: B does not count it (as in verl and OpenRLHF; TRL's 'grpo' and 'dr_grpo' do).
 
   Args:
     mask_BT: float [B, T], 1 on trained tokens.
@@ -110,10 +110,10 @@ def loss_weights(mask_BT, loss_agg: str, token_constant: int):
   tokens_B = mask_BT.sum(1)
   B = np.count_nonzero(tokens_B)
   if loss_agg == 'token_mean':
-    return mask_BT, float(max(tokens_B.sum(), 1.0))
+    return mask_BT, float(tokens_B.sum())
   if loss_agg == 'seq_mean_token_mean':
-    return mask_BT / np.maximum(tokens_B, 1.0)[:, None], float(max(B, 1))
+    return mask_BT / np.maximum(tokens_B, 1.0)[:, None], float(B)
   if loss_agg == 'token_sum_const':
-    return mask_BT, float(max(B * token_constant, 1))
+    return mask_BT, float(B * token_constant)
   choices = ('token_mean', 'seq_mean_token_mean', 'token_sum_const')
   raise ValueError(f'loss_agg {loss_agg!r} is not one of {choices}')

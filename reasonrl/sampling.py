@@ -268,7 +268,9 @@ class Sampler:
   def append(self, params, state: State, tokens_BT, count_B) -> State:
     """Adds count_B tokens to each row as ENVIRONMENT tokens; rows that got any may decode again.
 
-    What does not fit the window is dropped; such a row stops with LENGTH at the next decode.
+    They count against the most new tokens of a row, as inserted tokens do everywhere: a budget is
+    one of context, whoever wrote it (`assign` gives a new one). What does not fit the window is
+    dropped; such a row stops with LENGTH at the next decode.
     """
     B, T = tokens_BT.shape
     S = state.tokens_BS.shape[1]
@@ -300,30 +302,35 @@ class Sampler:
   ) -> types.Samples:
     """Samples every request, `slots` rows at a time (0: all at once); `poll` runs between waves.
 
-    The window is the longest prompt plus the largest max_new.
+    The window is the longest prompt plus the largest max_new, of all processes: they run the same
+    programs equally often, however many requests each has.
 
     Raises:
       UserError: the window is longer than the model's positions.
     """
-    R, T = requests.prompt_R.size, requests.tokens_PT.shape[1]
-    window = T + int(requests.max_new_R.max())
+    R, T = requests.prompt_R.size, sharding.agree(requests.tokens_PT.shape[1])
+    max_new = sharding.agree(int(requests.max_new_R.max()))
+    window, all_rows = T + max_new, sharding.agree(R)
     if window > self.model.max_position:
       raise records.UserError(
-        f'prompt of {T} tokens plus max_new {window - T} is longer than the window of the model, '
+        f'prompt of {T} tokens plus max_new {max_new} is longer than the window of the model, '
         f'{self.model.max_position} positions'
       )
+    padding = T - requests.tokens_PT.shape[1]
+    tokens_PT = np.pad(requests.tokens_PT, ((0, 0), (0, padding)))
+    requests = dataclasses.replace(requests, tokens_PT=tokens_PT)
     multiple = sharding.row_multiple(self.mesh)
-    slots = min(slots or R, R)
+    slots = min(slots or all_rows, all_rows)
     slots += -slots % multiple
-    waves = [np.arange(i, min(i + slots, R)) for i in range(0, R, slots)]
+    waves = [np.arange(i, min(i + slots, R)) for i in range(0, all_rows, slots)]
     prompts = [np.unique(requests.prompt_R[wave]) for wave in waves]
-    most = max(p.size for p in prompts)
+    most = sharding.agree(max(p.size for p in prompts))
     most += -most % multiple
     params, out = self.layout(params), []
     for wave, used in zip(waves, prompts, strict=True):
       poll()
       state = self._start(params, requests, wave, used, slots, most, window)
-      state = self.decode(params, state, spec, int(requests.max_new_R.max()))
+      state = self.decode(params, state, spec, max_new)
       rows = (state.tokens_BS, state.length_B, state.source_BS, state.logp_BS, state.stop_B)
       out.append([x[: wave.size] for x in sharding.fetch_rows(rows)])
     tokens_RS, length_R, source_RS, logp_RS, stop_R = (
@@ -334,7 +341,7 @@ class Sampler:
 
   def _start(self, params, requests, wave, used, slots, most, window) -> State:
     """One wave: prefill the prompts it uses, fork them to its rows; spare rows are stopped."""
-    spare = np.resize(used, most)  # pad by repeating prompts
+    spare = np.resize(used if used.size else [0], most)  # pad by repeating prompts
     tokens, length = requests.tokens_PT[spare], requests.length_P[spare]
     state = self.prefill(params, *sharding.put_rows((tokens, length), self.mesh), window)
     rows, key = np.zeros(slots, np.int32), np.zeros((slots, 2), np.uint32)

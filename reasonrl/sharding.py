@@ -3,13 +3,16 @@
 1. `make_mesh` builds the mesh, in this one place.
 2. `param_shardings` matches every parameter path against rules; an uncovered parameter is an error.
 3. Batches are split over data and fsdp; scored tokens over all three axes (see `ops`).
-4. `agree` makes a host decision the same on every process before device programs depend on it.
+4. With several processes (hosts), each holds its own rows of a batch, in the processes' order.
+   `agree` makes a host decision the same everywhere before device programs depend on it; `total`
+   and `gather` bring host values together.
 
 `jax.jit` with `NamedSharding` is what used to be called pjit.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -39,9 +42,20 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     )
   # Auto: make_mesh defaults to Explicit axes since jax 0.9, under which a product of two sharded
   # operands raises a ShardingTypeError instead of letting the compiler place the collectives.
-  return jax.make_mesh(
-    tuple(sizes), types.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used]
-  )
+  auto = (AxisType.Auto,) * 3
+  if jax.process_count() == 1:
+    return jax.make_mesh(tuple(sizes), types.MESH_AXES, axis_types=auto, devices=devices[:used])
+  # make_mesh follows the torus and mixes the processes, but each must hold a stretch of the rows.
+  ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+  mesh = Mesh(np.asarray(ordered).reshape(sizes), types.MESH_AXES, axis_types=auto)
+  holders = [{d.process_index for d in row} for row in mesh.devices.reshape(-1, sizes[2])]
+  if any(len(holder) > 1 for holder in holders) or len(holders) % jax.process_count():
+    raise records.UserError(
+      f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: each of the {jax.process_count()} '
+      'processes must hold rows of its own, so tensor must divide the devices of a process '
+      f'({jax.local_device_count()}) and data x fsdp be a multiple of the processes'
+    )
+  return mesh
 
 
 def path_of(key_path) -> str:
@@ -112,12 +126,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_rows(tree, mesh: Mesh):
   """Host arrays [B, ...] -> device arrays split over data and fsdp (B must be divisible)."""
   sharding = NamedSharding(mesh, types.ROWS)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+  with jax.transfer_guard_host_to_device('allow'):  # with several processes JAX calls it implicit
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def row_multiple(mesh: Mesh) -> int:
-  """Batches must have a multiple of this many rows."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
+  """The rows that a process gives to a batch must be a multiple of this."""
+  return mesh.shape['data'] * mesh.shape['fsdp'] // jax.process_count()
 
 
 def fetch(tree):
@@ -151,4 +166,26 @@ def total(value: float) -> float:
   """The sum over processes: a global denominator from local counts."""
   if jax.process_count() == 1:
     return value
-  return float(np.sum(multihost_utils.process_allgather(np.float64(value))))
+  return math.fsum(gather(value))
+
+
+def same(value: int, what: str) -> int:
+  """The value, which must be every process's.
+
+  Raises:
+    UserError: it is not.
+  """
+  high, low = agree(value), -agree(-value)
+  if high != low:
+    raise records.UserError(f'{what} is not the same on every host: {low} to {high}')
+  return value
+
+
+def gather(value) -> list:
+  """The value of every process, in their order: anything that JSON can hold, NaN included."""
+  if jax.process_count() == 1:
+    return [value]
+  text = json.dumps(value).encode()
+  padded = text.ljust(agree(len(text)))
+  rows = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+  return [json.loads(row.tobytes()) for row in rows]

@@ -1,7 +1,8 @@
 """Text to token ids and back: one protocol, three back ends.
 
 1. `build` makes a tokenizer from the config: `sentencepiece` (trained on the task's texts, or a
-   given .model), `bytes`, `gguf` (the byte-level BPE inside a GGUF file) or `tokenizer_json`.
+   given .model), `bytes`, `gguf` (the byte-level BPE inside a GGUF file), `tokenizer_json`, or
+   `saved`, another run's.
 2. It is saved into the workdir; a resumed run calls `load`, which sees what was saved.
 3. Trusted text (templates) goes through `encode`, text of others through `encode_user`.
 
@@ -30,7 +31,7 @@ import sentencepiece
 
 from reasonrl import records
 
-KINDS = ('bytes', 'gguf', 'sentencepiece', 'tokenizer_json')
+KINDS = ('bytes', 'gguf', 'saved', 'sentencepiece', 'tokenizer_json')
 MODEL_TYPES = ('bpe', 'char', 'unigram')
 SMOLLM2 = 'smollm2-135m-instruct'
 
@@ -157,7 +158,7 @@ class SentencePiece:
 
     Args:
       texts: the corpus; every character in it enters the alphabet.
-      symbols: strings that stay whole, beside the four tags and '\n'.
+      symbols: strings that stay whole, spaces and all, beside the four tags and '\n'.
       vocab_size: upper bound; a small corpus may give fewer pieces.
       model_type: 'bpe', 'char' or 'unigram'.
       byte_fallback: spend 256 pieces so that any text can be encoded.
@@ -169,7 +170,7 @@ class SentencePiece:
       raise records.UserError(
         f'unknown model_type {model_type!r}; choose from {", ".join(MODEL_TYPES)}'
       )
-    model = io.BytesIO()
+    model, whole = io.BytesIO(), (*records.TAGS, '\n', *symbols)
     try:
       sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -178,7 +179,8 @@ class SentencePiece:
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         byte_fallback=byte_fallback,
-        user_defined_symbols=list(dict.fromkeys((*records.TAGS, '\n', *symbols))),
+        # The library sees a space as U+2581 when it looks for them.
+        user_defined_symbols=[s.replace(' ', '\u2581') for s in dict.fromkeys(whole)],
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -236,6 +238,12 @@ class SentencePiece:
   @functools.cached_property
   def fingerprint(self) -> str:
     return _fingerprint('sentencepiece', self.model)
+
+  @property
+  def verbatim(self) -> bool:
+    """The model reads text as it is: no space put in front or taken away, no character replaced."""
+    text = ' a  \ufb01 '  # the ligature fi
+    return self._processor.normalize(text) == text.replace(' ', '\u2581')
 
   def encode(self, text: str) -> list[int]:
     ids = []
@@ -319,7 +327,7 @@ class ByteLevelBPE:
         f'{path} has the tokenizer {kind!r} with pre-tokenizer {pre!r}; choose a file with '
         f"'gpt2' and one of {', '.join(DIGIT_PRETOKENIZERS)}, or kind tokenizer_json"
       )
-    hf = _package('tokenizers')
+    hf = package('tokenizers')
     pieces = get('ggml.tokens')
     merges = [tuple(merge.split(' ')) for merge in get('ggml.merges')]
     bpe = hf.Tokenizer(hf.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
@@ -456,7 +464,7 @@ def build(
   Args:
     kind: one of KINDS.
     path: a .model file ('' trains one); a GGUF file ('' or a name, see `find_gguf`); a
-      tokenizer.json; unused by 'bytes'.
+      tokenizer.json; the tokenizer/ folder of a run; unused by 'bytes'.
     vocab_size: of a trained sentencepiece model, as are the rest; see `SentencePiece.train`.
     model_type: see there.
     byte_fallback: see there.
@@ -469,6 +477,8 @@ def build(
   """
   if kind == 'bytes':
     return Bytes()
+  if kind == 'saved':
+    return load(path)
   if kind == 'gguf':
     return ByteLevelBPE.from_gguf(path)
   if kind == 'tokenizer_json':
@@ -512,15 +522,19 @@ def find_gguf(name: str) -> pathlib.Path:
 
 def open_gguf(path: str | os.PathLike):
   """A gguf.GGUFReader (memory-mapped) of `path`. Raises UserError if it is no GGUF file."""
-  gguf = _package('gguf')
+  gguf = package('gguf')
   try:
     return gguf.GGUFReader(path)
   except ValueError as error:
     raise records.UserError(f'{path} is not a readable GGUF file: {error}') from error
 
 
-def _package(name):
-  """Imports an optional package, late: most runs never need it."""
+def package(name):
+  """Imports a package of the extra 'hf', late: most runs never need it.
+
+  Raises:
+    UserError: it is not there (the message says how to install it).
+  """
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
@@ -530,7 +544,7 @@ def _package(name):
 
 
 def _runtime(spec):
-  runtime = _package('tokenizers').Tokenizer.from_str(json.dumps(spec))
+  runtime = package('tokenizers').Tokenizer.from_str(json.dumps(spec))
   runtime.no_truncation()  # a saved length limit would cut prompts silently
   runtime.no_padding()
   return runtime

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -25,11 +26,13 @@ import numpy as np
 from reasonrl import (
   checkpoint,
   data,
+  display,
   evaluation,
   learner,
   logs,
   records,
   sharding,
+  tooling,
   types,
   wiring,
 )
@@ -54,22 +57,28 @@ MAY_DIFFER = ('mesh', 'rewarding', 'log', 'checkpoint', 'compilation_cache')
 
 # ------------------------------------------------------------------------------------ steps
 # `STEPS[kind](parts, phase, place, position, tally, params_of)` returns a function
-# (state, step) -> updates [(micro-batches, denominators)], metrics, transcripts, data position.
+# (state, step) -> updates [(micro-batches, denominators)], describe, data position. The loop calls
+# describe() -> metrics, transcripts when the updates are on their way, so that the device does not
+# wait for it.
 
 
 def supervised_steps(parts, phase, place, position, tally, params_of):
   """Packed rows of worked solutions: one optimizer step each."""
-  del tally, params_of
+  del params_of
   section = phase.section
   stream = data.Stream(parts.task, 'train', place[0], section.examples_per_step, position)
+  pack = functools.partial(tooling.pack, parts, section.row_length, section.rows_per_batch)
 
   def make(state, step):
     del state, step
-    examples = wiring.augmented(parts, stream.next())
-    seqs = [wiring.supervised_sequence(parts, section, example) for example in examples]
-    trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
-    row = {'timing/tokens': sum(seq.tokens_L.size for seq in seqs)}
-    return [(pack(parts, section, seqs)[0], (trained,))], row, [], stream.position
+    with tooling.timed(tally, 'data'):
+      examples = wiring.augmented(parts, stream.next())
+      seqs = [wiring.supervised_sequence(parts, section, example) for example in examples]
+    with tooling.timed(tally, 'pack'):
+      trained = sharding.total(float(sum(seq.index_N.size for seq in seqs)))
+      updates = [(pack(seqs)[0], (trained,))]
+    tokens = sum(seq.tokens_L.size for seq in seqs)
+    return updates, lambda: ({'timing/tokens': sharding.total(tokens)}, []), stream.position
 
   return make
 
@@ -81,57 +90,68 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
   wanted = section.prompts_per_step // jax.process_count()
   per_step = algorithm.num_iterations * algorithm.num_minibatches  # optimizer steps
   frozen = {'ref': params_of(section.reads.ref)} if 'ref_logp' in algorithm.needs else {}
-
-  def score(params, experience):
-    aux = {'weight': experience.mask_BT}
-    seqs = learner.sequences(experience.tokens_BT, experience.length_B, aux)
-    batches, where = pack(parts, section, seqs)
-    batches = [sharding.put_rows(batch, parts.mesh) for batch in batches]
-    logps = [sharding.fetch_rows(phase.learner.score(params, batch).logp) for batch in batches]
-    return learner.unpack(logps, seqs, where, experience.tokens_BT.shape)
-
+  shape = section.row_length, section.rows_per_batch
+  pack = functools.partial(tooling.pack, parts, *shape)
+  score = tooling.make_score(parts, phase.learner, *shape)
   examples = lambda: wiring.augmented(parts, stream.next())  # noqa: E731
-  tools = wiring.make_tools(parts, section.trains, examples, 'train', place, score, tally)
+  tools = tooling.make_tools(parts, section.trains, examples, 'train', place, score, tally)
 
   def make(state, step):
     named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **frozen}
     kept, groups = [], 0
     for _ in range(section.max_generation_batches):
-      found = env.rollout(tools, named, step)
+      with tooling.timed(tally, 'rollout'):
+        found = env.rollout(tools, named, step)
       good = np.unique(found.group_B)[algorithm.keep(found)][: wanted - groups]
       if good.size:
         kept.append(types.take_groups(found, good))
       groups += good.size
       if -sharding.agree(-groups) >= wanted:
         break
-    if not kept:
+    if -sharding.agree(-groups) == 0:  # on some process
       raise RuntimeError(
         f'{phase.name} step {step}: the algorithm kept no group of '
         f'{section.max_generation_batches} rollouts of {wanted} prompts'
       )
     experience = types.concatenate(kept) if len(kept) > 1 else kept[0]
+    if section.shuffle_rewards:
+      rng = np.random.default_rng((parts.config.seed, *place, step, jax.process_index()))
+      shuffled_R = rng.permutation(experience.reward_R)
+      experience = dataclasses.replace(experience, reward_R=shuffled_R)
     sources = {'old_logp': 'params', 'ref_logp': 'ref'}
-    scores = {
-      name: tools.score(named[source], experience)
-      for name, source in sources.items()
-      if name in algorithm.needs
-    }
+    with tooling.timed(tally, 'score'):
+      scores = {
+        name: tools.score(named[source], experience)
+        for name, source in sources.items()
+        if name in algorithm.needs
+      }
     experience = dataclasses.replace(experience, scores=scores)
     adv_BT = algorithm.advantages(experience)
 
     updates, rows = [], experience.length_B.size
+    parts_per_pass = min(algorithm.num_minibatches, -sharding.agree(-rows))
     for iteration in range(algorithm.num_iterations):
       order = np.random.default_rng((parts.config.seed, *place, step, iteration)).permutation(rows)
-      for members in np.array_split(order, min(algorithm.num_minibatches, rows)):
+      for members in np.array_split(order, parts_per_pass):
         part = types.take_rows(experience, members)
         weight_BT, denominator = algorithm.weights(part)
         aux_BT = {'weight': weight_BT, 'adv': adv_BT[members], 'sampler_logp': part.logp_BT}
-        seqs = learner.sequences(part.tokens_BT, part.length_B, aux_BT | part.scores)
-        updates.append((pack(parts, section, seqs)[0], (sharding.total(denominator),)))
-    row = evaluation.summary(experience, parts.tokenizer, parts.prompter.prefill)
-    row['timing/tokens'] = int(experience.length_B.sum())
-    samples = evaluation.transcripts(experience, adv_BT, parts.config.log.transcripts)
-    return updates, row, samples, stream.position
+        with tooling.timed(tally, 'pack'):
+          seqs = learner.sequences(part.tokens_BT, part.length_B, aux_BT | part.scores)
+          # Where no process trains a token all weights are 0, and 0 / 1 is 0.
+          updates.append((pack(seqs)[0], (sharding.total(denominator) or 1.0,)))
+
+    def describe():
+      correct, prefill = parts.evaluation.correct, parts.prompter.prefill
+      row = evaluation.summary(
+        evaluation.outcomes(experience, parts.tokenizer, prefill, correct)
+      )
+      row['timing/tokens'] = sharding.total(int(experience.length_B.sum()))
+      return row, evaluation.transcripts(
+        experience, adv_BT, parts.config.log.transcripts, correct
+      )
+
+    return updates, describe, stream.position
 
   return make
 
@@ -142,12 +162,6 @@ def no_steps(parts, phase, place, position, tally, params_of):
 
 
 STEPS = {'supervised': supervised_steps, 'reinforce': reinforce_steps, 'evaluate': no_steps}
-
-
-def pack(parts, section, seqs):
-  """`learner.pack` with this section's shape on this mesh."""
-  rows = section.rows_per_batch // jax.process_count()
-  return learner.pack(seqs, section.row_length, rows, parts.mesh.shape['tensor'])
 
 
 # ------------------------------------------------------------------------------------ sentinels
@@ -224,50 +238,78 @@ def run(config, workdir: str, pool) -> int:
     cache = str(pathlib.Path(config.compilation_cache).expanduser())
     jax.config.update('jax_compilation_cache_dir', cache)
   stop, leader = checkpoint.StopSignal(config.checkpoint.grace_s), jax.process_index() == 0
-  path = logs.check_workdir(workdir, config, MAY_DIFFER)
+  path = everywhere(lambda: logs.check_workdir(workdir, config, MAY_DIFFER))
   flat = wiring.positions(config, STEPS)
   parts = wiring.wire(config, TABLES, flat, path, pool, stop.poll)
-  held_out = wiring.make_held_out(parts)
+  held_out = tooling.make_held_out(parts)
 
   # ---- open the workdir, run
+  devices = [str(d) for d in jax.devices()]
+  lock = everywhere(lambda: logs.open_workdir(path, config, devices) if leader else None)
+  everywhere(lambda: logs.check_opened(path, config, MAY_DIFFER))
   if leader:
-    logs.open_workdir(path, config, [str(d) for d in jax.devices()])
     wiring.save_tokenizer(parts.tokenizer, path)
   keep = {'keep_last': config.checkpoint.keep_last, 'keep_every': config.checkpoint.keep_every}
   with (
     stop,
+    lock or contextlib.nullcontext(),
     contextlib.closing(checkpoint.Checkpoints(path, **keep)) as store,
     contextlib.closing(logs.Metrics(path, leader)) as metrics,
-    logs.Display(config.log.every, leader) as display,
+    display.Display(config.log.every, leader) as screen,
   ):
     try:
-      return run_phases(parts, flat, held_out, path, store, metrics, display)
+      return run_phases(parts, flat, held_out, path, store, metrics, screen)
     except checkpoint.Stopped as stopped:
-      display.note(f'{stopped}; the same command with --workdir={path} goes on from here')
+      screen.note(f'{stopped}; the same command with --workdir={path} goes on from here')
       return stopped.code
 
 
-def run_phases(parts, flat, held_out, path, store, metrics, display) -> int:
+def everywhere(action):
+  """Does something on every process, and waits for all; what one of them refuses stops all."""
+  done, refusal = None, ''
+  try:
+    done = action()
+  except records.UserError as error:
+    refusal = str(error)
+  for told in sharding.gather(refusal):
+    if told:
+      raise records.UserError(told)
+  return done
+
+
+@contextlib.contextmanager
+def trace(folder):
+  """Profiles what happens within, on the first process."""
+  if jax.process_index() > 0:
+    yield
+    return
+  with jax.profiler.trace(folder, create_perfetto_trace=True):
+    yield
+
+
+def run_phases(parts, flat, held_out, path, store, metrics, screen) -> int:
   """Finds the newest checkpoint and runs the phases from there; returns 0."""
-  if (path / 'phases' / wiring.kept_name(flat, len(flat) - 1)).is_dir():
-    display.note(f'{path} is finished')
+  last = path / 'phases' / wiring.kept_name(flat, len(flat) - 1)
+  if sharding.same(int(last.is_dir()), f'whether {last} exists'):
+    screen.note(f'{path} is finished')
     return 0
-  newest = store.latest()
-  at = newest[1] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
+  target_of = lambda at: parts.phases[flat[at['index']][0]].learner.abstract()  # noqa: E731
+  newest = store.newest(target_of, screen.note)
+  at = newest[2] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
   metrics.truncate(at['offsets'])
   if newest and at['tokenizer'] != parts.tokenizer.fingerprint:
     raise records.UserError(f'{path}/tokenizer is not the tokenizer of checkpoint {newest[0]}')
   best = at['best']
   for index in range(at['index'], len(flat)):
-    resume = newest if newest and index == at['index'] else None
-    best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, display)
+    resume, newest = newest, None
+    best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, screen)
   return 0
 
 
 def run_phase(
-  parts, flat, index, resume, best, held_out, path, store, metrics, display
+  parts, flat, index, resume, best, held_out, path, store, metrics, screen
 ) -> float:
-  """One phase, from its start or from a checkpoint `resume` = (step of the run, host item).
+  """One phase, from its start or from a checkpoint `resume` = (step of the run, state, host item).
 
   Returns the best held-out greedy accuracy so far.
   """
@@ -275,17 +317,17 @@ def run_phase(
   phase = parts.phases[name]
   section, student = phase.section, phase.learner
   before = sum(config[n].steps for n, _ in flat[:index])  # steps of the run before this phase
-  at = resume[1] if resume else {'step': 0, 'data': 0, 'evaluated': False}
+  at = resume[2] if resume else {'step': 0, 'data': 0, 'evaluated': False}
   start, position, evaluated = at['step'], at['data'], at['evaluated']
 
   # ---- this phase's learner, state and data
-  display.phase(name, section.kind, section.steps, start)
-  display.status('loading parameters')
+  screen.phase(name, section.kind, section.steps, start)
+  screen.status('loading parameters')
   params_of = lambda source: wiring.init_params(  # noqa: E731
     parts, source.model, source.init, flat, index, path
   )
   if resume:
-    state = store.restore(resume[0], student.abstract())
+    state = resume[1]
   else:
     start_from = (section.trains, section.init, flat, index, path)
     state = student.init(wiring.init_params(parts, *start_from))
@@ -298,9 +340,15 @@ def run_phase(
     where = {'step': before + step, 'phase': name, 'iteration': iteration}
     return where | {'phase_step': step, 'kind': kind}
 
-  def tell_failure(step):
-    if 'failure' in tally:
-      display.note(f'step {step}: a reward failed and counted 0: {tally.pop("failure")}')
+  def settle(step):
+    """Empties the tally: this process's times, and the failed rewards of all."""
+    every = sharding.gather(dict(tally))
+    row = {key: value for key, value in tally.items() if key.startswith('timing/')}
+    row |= {key: sum(t.get(key, 0) for t in every) for key in FAILURES if key in tally}
+    for failure in [t['failure'] for t in every if 'failure' in t][:1]:
+      screen.note(f'step {step}: a reward failed and counted 0: {failure}')
+    tally.clear()
+    return row
 
   def flush():
     """Fetches and writes what the last dispatched step reported."""
@@ -308,17 +356,18 @@ def run_phase(
     if pending is None:
       return
     (step, row, reports, updates, samples), pending = pending, None
-    row |= merge([learner.reduce_reports(report) for report in reports])
+    with tooling.timed(row, 'wait'):
+      row |= merge([learner.reduce_reports(report) for report in reports])
     row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     metrics.write(header('train', step) | row)
-    display.step(step, row)
+    screen.step(step, row)
     at_reference = step == 1 and phase.starts_at_reference
     for warning in sentinels(row, at_reference, student.model.compute_dtype):
-      display.note(f'step {step}: {warning}')
+      screen.note(f'step {step}: {warning}')
     if samples and (step == 1 or step % config.log.transcripts_every == 0):
       metrics.rollouts({**header('train', step), **sample} for sample in samples)
-      display.transcripts(samples)
+      screen.transcripts(samples)
     if not row['finite']:
       where = f'{name}-{step}-{jax.process_index()}.npz'
       learner.save_batches(path / 'nonfinite' / where, updates)
@@ -339,32 +388,37 @@ def run_phase(
       due = section.eval_every and step and step % section.eval_every == 0
       if (last or due or index == step == 0) and not evaluated:
         flush()
-        display.status('evaluating')
-        row, samples = held_out(section.trains, state.params, step, tally)
+        screen.status('evaluating')
+        row, samples = held_out(phase, state, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
-        tell_failure(step)
-        row |= {'eval/best': best, **{f'eval/{key}': tally[key] for key in FAILURES}}
+        counts = settle(step)
+        row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}
         metrics.write(header('eval', step) | row)
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
-        display.evaluation(f'after {name} step {step}', row)
-        tally.clear()
+        screen.evaluation(f'after {name} step {step}', row)
         clock = time.monotonic()
       evaluated = True
       if last:
         break
       # ---- make this step's batches, update, and only then look at the step before
       if step == start:
-        display.status('compiling')
-      updates, row, samples, position = make(state, step)
-      tell_failure(step + 1)
-      row |= tally
-      tally.clear()
-      evaluated, reports = False, []
-      for batches, denominators in updates:
-        state, report = student.update(state, batches, denominators)
-        reports.append(report)
-      flush()
-      pending = (step + 1, row, reports, updates, samples)
+        screen.status('compiling')
+      traced = step + 1 == config.log.profile_step
+      if traced:
+        flush()
+      with trace(path / 'profile' / name) if traced else contextlib.nullcontext():
+        updates, describe, position = make(state, step)
+        evaluated, reports = False, []
+        with tooling.timed(tally, 'update'):
+          for batches, denominators in updates:
+            state, report = student.update(state, batches, denominators)
+            reports.append(report)
+        flush()
+        with tooling.timed(tally, 'describe'):
+          row, samples = describe()
+        pending = (step + 1, row | settle(step + 1), reports, updates, samples)
+        if traced:
+          flush()
     except checkpoint.Stopped:
       save(step)
       raise
@@ -373,6 +427,9 @@ def run_phase(
 
   # ---- the phase's final parameters, outside checkpoint retention; they mark its end
   kept = path / 'phases' / wiring.kept_name(flat, index)
+  if section.kind == 'evaluate':  # it has none of its own
+    kept.mkdir(parents=True, exist_ok=True)
+    return best
   if state.ema is not None:
     checkpoint.save_params(kept.with_name(f'{kept.name}-ema'), state.ema)
   checkpoint.save_params(kept, state.params)

@@ -59,6 +59,16 @@ class Experience:
     """float32 policy mask: 1 exactly on sampled tokens, EOS included."""
     return (self.source_BT == POLICY).astype(np.float32)
 
+  @property
+  def first_row_R(self) -> np.ndarray:
+    """The first row of each rollout."""
+    return np.unique(self.rollout_B, return_index=True)[1]
+
+  @property
+  def group_R(self) -> np.ndarray:
+    """The group of each rollout."""
+    return self.group_B[self.first_row_R]
+
 
 def padded(length: int) -> int:
   """The width that prompts of at most `length` tokens are padded to: few shapes, few programs."""
@@ -134,6 +144,16 @@ def take_groups(experience: Experience, groups) -> Experience:
   )
 
 
+def concatenate_parts(dicts: list[dict], sizes: list[int]) -> dict[str, np.ndarray]:
+  """Columns one after the other; where a dict lacks a column, it has NaN there."""
+  names = dict.fromkeys(name for columns in dicts for name in columns)
+  gap = lambda n: np.full(n, np.nan, np.float32)  # noqa: E731
+  return {
+    name: np.concatenate([c.get(name, gap(n)) for c, n in zip(dicts, sizes, strict=True)])
+    for name in names
+  }
+
+
 def concatenate(parts: list[Experience]) -> Experience:
   """Experiences one after the other; group and rollout ids are shifted to stay distinct."""
   T = max(e.tokens_BT.shape[1] for e in parts)
@@ -145,22 +165,61 @@ def concatenate(parts: list[Experience]) -> Experience:
     groups, rollouts = groups + e.group_B.max() + 1, rollouts + e.reward_R.size
 
   def join(arrays):
-    if arrays[0] is None:
-      return None
     if arrays[0].ndim == 2:
       arrays = [np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in arrays]
     return np.concatenate(arrays)
 
   every = lambda name: [getattr(e, name) for e in shifted]  # noqa: E731
-  merge = lambda dicts: {k: join([d[k] for d in dicts]) for k in dicts[0]}  # noqa: E731
+  dense = [x is not None for x in every('reward_BT')]
+  if any(dense) and not all(dense):  # a reward gave credit per token in some of them only
+    shifted = [
+      e if e.reward_BT is not None else dataclasses.replace(e, reward_BT=np.zeros_like(e.logp_BT))
+      for e in shifted
+    ]
   return Experience(
-    **{name: join(every(name)) for name in _BY_ROW},
+    **{name: join(every(name)) for name in _BY_ROW if any(dense) or name != 'reward_BT'},
+    **({} if any(dense) else {'reward_BT': None}),
     reward_R=join(every('reward_R')),
-    parts=merge(every('parts')),
-    scores=merge(every('scores')),
+    parts=concatenate_parts(every('parts'), [e.reward_R.size for e in parts]),
+    scores={name: join([e.scores[name] for e in shifted]) for name in shifted[0].scores},
     examples=sum(every('examples'), ()),
     completions=sum(every('completions'), ()),
   )
+
+
+class BatchScore(NamedTuple):
+  """What a reward says of all rollouts of an experience."""
+
+  value_R: np.ndarray  # float32; NaN: does not apply
+  parts: dict[str, np.ndarray]  # named components, for the logs: float32 [R]
+  reward_BT: np.ndarray | None  # dense credit, float32
+
+
+def rewarded(experience: Experience, scores: list[BatchScore]) -> Experience:
+  """The experience with the sum of its rewards; a rollout to which none applies has NaN."""
+  value_SR = np.stack([score.value_R for score in scores])
+  none_R = np.isnan(value_SR).all(0)
+  dense = [score.reward_BT for score in scores if score.reward_BT is not None]
+  return dataclasses.replace(
+    experience,
+    reward_R=np.where(none_R, np.nan, np.nansum(value_SR, 0)).astype(np.float32),
+    parts={name: part_R for score in scores for name, part_R in score.parts.items()},
+    reward_BT=sum(dense) if dense else None,
+  )
+
+
+def token_rewards(experience: Experience, token_values) -> np.ndarray:
+  """Credit per sampled token (one array per rollout, or None) where the tokens are: [B, T].
+
+  A rollout's values run over its policy tokens, row after row.
+  """
+  said_BT = experience.source_BT == POLICY
+  reward_BT = np.zeros(said_BT.shape, np.float32)
+  for r, values in enumerate(token_values):
+    if values is not None:
+      rows = (experience.rollout_B == r)[:, None]
+      reward_BT[said_BT & rows] = values
+  return reward_BT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +232,7 @@ class Tools:
   row_keys(step, prompt_R, sample_R, thread_R) -> uint32 [R, 2].
   generate(params, requests, spec, slots) -> Samples.
   score(params, experience) -> logp_BT of the policy tokens.
-  reward(examples, completions, groups) -> rewarding.Scores.
+  reward(state, experience) -> the experience with its rewards.
   """
 
   task: Any

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,7 @@ from reasonrl import (
   tokenizers,
   types,
 )
-from reasonrl.models import gguf
+from reasonrl.models import gguf, huggingface
 
 LOSSES = {'nll': learner.nll}
 
@@ -71,9 +70,12 @@ def lookup(table: dict, name: str, what: str):
   return table[name]
 
 
-def build(cls, section, *without: str):
-  """cls(**section), leaving out the fields that are not the member's own ('name', ...)."""
-  fields = {k: v for k, v in section.to_dict().items() if k not in without}
+def build(cls, section, *without: str, **built):
+  """cls(**section), leaving out the fields that are not the member's own ('name', ...).
+
+  `built` replaces fields of the section.
+  """
+  fields = {k: v for k, v in section.to_dict().items() if k not in without} | built
   known = {f.name for f in dataclasses.fields(cls)}
   if fields.keys() != known:
     wrong = ', '.join(sorted(fields.keys() ^ known))
@@ -86,6 +88,22 @@ def member(table: dict, section, what: str):
   return build(lookup(table, section.name, f'{what}.name'), section, 'name')
 
 
+def make_task(table: dict, section, what: str):
+  """The task of a section. Where that has `members`, each is a weight and a task section."""
+  built = {}
+  if 'members' in section:
+    built['members'] = {
+      name: (entry.weight, make_task(table, entry.task, f'{what}.members.{name}.task'))
+      for name, entry in section.members.items()
+    }
+  return build(lookup(table, section.name, f'{what}.name'), section, 'name', **built)
+
+
+def phase_sections(config) -> dict[str, Any]:
+  """The sections of a config that `phases` may name."""
+  return {k: v for k, v in config.items() if hasattr(v, 'kind') and hasattr(v, 'trains')}
+
+
 def positions(config, kinds) -> list[tuple[str, int]]:
   """config.phases flattened to (name, iteration); a loop is a tuple ending in its repetitions."""
   flat = []
@@ -94,7 +112,7 @@ def positions(config, kinds) -> list[tuple[str, int]]:
       raise records.UserError(f'the loop of phases {entry} must end in how often it is repeated')
     names, times = ((entry,), 1) if isinstance(entry, str) else (entry[:-1], entry[-1])
     flat += [(name, iteration) for iteration in range(times) for name in names]
-  sections = {k: v for k, v in config.items() if hasattr(v, 'kind') and hasattr(v, 'trains')}
+  sections = phase_sections(config)
   for name, _ in flat:
     lookup(sections, name, 'phases')
     lookup(kinds, config[name].kind, f'{name}.kind')
@@ -113,7 +131,7 @@ def kept_name(flat, index: int) -> str:
 def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts:
   """Builds and checks everything. `tables`: 'task', 'reward', 'env', ... -> dict of members."""
   mesh = sharding.make_mesh(**config.mesh)
-  task = member(tables['task'], config.task, 'task')
+  task = make_task(tables['task'], config.task, 'task')
   augmentations = tuple(
     lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations')
     for name in config.prompt.augmentations
@@ -124,22 +142,21 @@ def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts
     for name, fields in config.rewards.items()
   }
   lookup(rewards, config.evaluation.correct, 'evaluation.correct')
+  check_rewards(task, rewards)
   for name in config.models:
     lookup(tables['model'], config.models[name].kind, f'models.{name}.kind')
   tokenizer = make_tokenizer(config, task, workdir)
   models, samplers = {}, {}
   for name, fields in config.models.items():
-    section = fields.copy_and_resolve_references()
-    section.vocab_size = section.vocab_size or tokenizer.vocab_size
-    models[name] = build(tables['model'][fields.kind], section, 'kind', 'weights')
-    if tokenizer.vocab_size > section.vocab_size:
+    models[name] = make_model(tables['model'], fields, tokenizer)
+    if tokenizer.vocab_size > models[name].vocab_size:
       raise records.UserError(
-        f'models.{name}.vocab_size={section.vocab_size} is smaller than the tokenizer, '
+        f'models.{name}.vocab_size={models[name].vocab_size} is smaller than the tokenizer, '
         f'{tokenizer.vocab_size} tokens'
       )
     # Never sampled: marks other than EOS, and rows of the head that stand for no token.
     forbidden = set(tokenizer.control_ids) - set(tokenizer.eos_ids)
-    forbidden |= set(range(tokenizer.vocab_size, section.vocab_size))
+    forbidden |= set(range(tokenizer.vocab_size, models[name].vocab_size))
     samplers[name] = sampling.Sampler(models[name], mesh, tuple(sorted(forbidden)))
   parts = Parts(
     config=config,
@@ -159,6 +176,13 @@ def wire(config, tables: dict, flat, workdir: pathlib.Path, pool, poll) -> Parts
   for name in dict.fromkeys(name for name, _ in flat):
     parts.phases[name] = make_phase(parts, tables, flat, name)
   return parts
+
+
+def make_model(table: dict, fields, tokenizer):
+  """A network from a section of `config.models`; vocab_size 0 is the tokenizer's."""
+  section = fields.copy_and_resolve_references()
+  section.vocab_size = section.vocab_size or tokenizer.vocab_size
+  return build(table[fields.kind], section, 'kind', 'weights')
 
 
 def make_tokenizer(config, task, workdir: pathlib.Path):
@@ -188,7 +212,7 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
   """Builds a phase and refuses what cannot run."""
   section, mesh = parts.config[name], parts.mesh
   lookup(parts.models, section.trains, f'{name}.trains')
-  check_source(flat, name, section.init, f'{name}.init')
+  check_source(parts.config, flat, name, section.init, f'{name}.init')
   env = algorithm = prepare = None
   starts_at_reference = False
   if section.kind != 'evaluate' and parts.models[section.trains].param_dtype != 'float32':
@@ -206,7 +230,7 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
     algorithm.check(env.num_generations)
     for role, source in section.reads.items():
       lookup(parts.models, source.model, f'{name}.reads.{role}.model')
-      check_source(flat, name, source.init, f'{name}.reads.{role}.init')
+      check_source(parts.config, flat, name, source.init, f'{name}.reads.{role}.init')
     ref = section.reads.ref
     if parts.models[ref.model] != parts.models[section.trains]:
       raise records.UserError(
@@ -248,10 +272,11 @@ def make_phase(parts: Parts, tables: dict, flat, name: str) -> Phase:
   return Phase(name, section, env, algorithm, student, starts_at_reference)
 
 
-def check_source(flat, name: str, source: str, what: str) -> None:
+def check_source(config, flat, name: str, source: str, what: str) -> None:
   """Refuses a source of parameters that would not be there when the phase `name` first begins."""
   names = [n for n, _ in flat]
-  earlier = list(dict.fromkeys(names[: names.index(name)]))
+  before = dict.fromkeys(names[: names.index(name)])
+  earlier = [n for n in before if config[n].kind != 'evaluate']  # which keeps no parameters
   if source not in ('previous', 'scratch', *earlier):
     if not source or not pathlib.Path(source).is_dir():
       raise records.UserError(
@@ -269,19 +294,42 @@ def check_examples(parts: Parts, section) -> None:
       parts.prompter.render(parts.tokenizer, example)
 
 
+def check_rewards(task, rewards) -> None:
+  """Refuses examples whose one reward is not among those of the run: nothing else would pay."""
+  examples = [task.example('train', i) for i in range(256)]
+  members, left = [], [task]
+  while left:  # a rare member of a mixture may come later than that
+    member = left.pop()
+    members += [member.example('train', 0)]
+    left += [inner for _, inner in getattr(member, 'members', {}).values()]
+  for example in [*examples, *members]:
+    name = example.meta.get(records.CHECKED_BY)
+    if name is not None and name not in rewards:
+      raise records.UserError(
+        f'rewards={", ".join(rewards)}: examples of {example.task} need the reward {name}'
+      )
+
+
 def check_numbers(config) -> None:
   """Refuses counts that must be positive."""
+  sections = phase_sections(config)
   counts = {
     'checkpoint.save_every': config.checkpoint.save_every,
     'checkpoint.keep_last': config.checkpoint.keep_last,
     'log.every': config.log.every,
     'log.transcripts_every': config.log.transcripts_every,
     'evaluation.num_examples': config.evaluation.num_examples,
+    'evaluation.env.num_generations': config.evaluation.env.num_generations,
     'loss_chunk': config.loss_chunk,
   }
+  for field in ('examples_per_step', 'prompts_per_step'):
+    counts |= {f'{name}.{field}': s[field] for name, s in sections.items() if field in s}
   for name, count in counts.items():
     if count < 1:
       raise records.UserError(f'{name}={count} must be at least 1')
+    n = jax.process_count()
+    if name.endswith('_per_step') and count % n:
+      raise records.UserError(f'{name}={count} does not divide over {n} processes')
 
 
 def check_sizes(parts: Parts, name: str, env) -> None:
@@ -301,7 +349,7 @@ def check_sizes(parts: Parts, name: str, env) -> None:
       f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
       f'max_completion_length={env.max_completion_length}'
     )
-  rows = sharding.row_multiple(parts.mesh)
+  rows = parts.mesh.shape['data'] * parts.mesh.shape['fsdp']
   if section.kind != 'evaluate' and section.rows_per_batch % rows:
     raise records.UserError(
       f'{name}.rows_per_batch={section.rows_per_batch} does not divide over data x fsdp = '
@@ -326,13 +374,24 @@ def start_params(parts: Parts, model: str):
   if not weights:
     key = jax.random.key(parts.config.seed, impl='threefry2x32')
     return jax.jit(network.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(key)
-  found, params = gguf.read(weights)
-  for name, value in found.items():
-    if getattr(network, name) != value:
+  folder = pathlib.Path(weights).expanduser()
+  found, params = huggingface.read(folder) if folder.is_dir() else gguf.read(weights)
+  wrong = [
+    f'{name}={value!r}, not {getattr(network, name)!r}'
+    for name, value in found.items()
+    if getattr(network, name) != value
+  ]
+  if wrong:
+    raise records.UserError(f'{weights!r} needs models.{model}: {"; ".join(wrong)}')
+
+  def place(path, x, to):
+    if x.shape != to.shape:
       raise records.UserError(
-        f'models.{model}.{name}={getattr(network, name)}, but {weights!r} has {value}'
+        f'models.{model}: {sharding.path_of(path)} is {to.shape}, but {weights!r} has {x.shape}'
       )
-  return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), params, target)
+    return jax.device_put(x.astype(to.dtype), to.sharding)
+
+  return jax.tree_util.tree_map_with_path(place, params, target)
 
 
 def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir: pathlib.Path):
@@ -344,55 +403,15 @@ def init_params(parts: Parts, model: str, source: str, flat, index: int, workdir
   """
   runs = [i for i in range(index) if flat[i][0] == source]
   if source == 'previous':
-    runs = [i for i in range(index) if parts.phases[flat[i][0]].section.trains == model]
+    sections = [parts.phases[name].section for name, _ in flat[:index]]
+    runs = [i for i, s in enumerate(sections) if s.trains == model and s.kind != 'evaluate']
   if source == 'scratch' or (source == 'previous' and not runs):
     return start_params(parts, model)
   folder = workdir / 'phases' / kept_name(flat, runs[-1]) if runs else pathlib.Path(source)
   return checkpoint.load_params(folder, abstract_params(parts, model))
 
 
-# ------------------------------------------------------------------------------------ tools
-
-
-def make_tools(parts, model: str, examples, purpose: str, place, score, tally) -> types.Tools:
-  """The tools of an environment; `place` is (phase, iteration), part of every random key.
-
-  `tally` collects the seconds spent in each tool and the rewards that failed.
-  """
-
-  def generate(params, requests, spec, slots):
-    start = time.monotonic()
-    out = parts.samplers[model].generate(params, requests, spec, slots, parts.poll)
-    tally['timing/sample_s'] += time.monotonic() - start
-    return out
-
-  def reward(examples, completions, groups):
-    start = time.monotonic()
-    out = parts.pool.score(parts.rewards, examples, completions, groups)
-    tally['timing/reward_s'] += time.monotonic() - start
-    tally['reward_timeouts'] += out.timeouts
-    tally['reward_errors'] += out.errors
-    if out.first_failure:
-      tally['failure'] = out.first_failure
-    parts.poll()
-    return out
-
-  def row_keys(step, prompt_R, sample_R, thread_R):
-    seed = parts.config.seed
-    return sampling.row_keys(seed, purpose, *place, step, prompt_R, sample_R, thread_R)
-
-  return types.Tools(
-    task=parts.task,
-    tokenizer=parts.tokenizer,
-    sampler=parts.samplers[model],
-    prefill=parts.prompter.prefill,
-    examples=examples,
-    render=lambda example: parts.prompter.render(parts.tokenizer, example),
-    row_keys=row_keys,
-    generate=generate,
-    score=score,
-    reward=reward,
-  )
+# ------------------------------------------------------------------------------------ examples
 
 
 def supervised_sequence(parts: Parts, section, example) -> types.Sequence:
@@ -405,42 +424,3 @@ def supervised_sequence(parts: Parts, section, example) -> types.Sequence:
 def augmented(parts: Parts, examples):
   """Examples as prompt, reward and transcript will see them."""
   return [parts.prompter.augment(parts.config.seed, example) for example in examples]
-
-
-def distinct_examples(task, split: str, count: int) -> list[records.Example]:
-  """The first `count` examples of a split whose problems differ: an interval counts each once.
-
-  Raises:
-    UserError: there are fewer.
-  """
-  found: dict[str, records.Example] = {}
-  for index in range(20 * count):
-    example = task.example(split, index)
-    found.setdefault(example.problem, example)
-    if len(found) == count:
-      return list(found.values())
-  raise records.UserError(
-    f'evaluation.num_examples={count}: only {len(found)} different {split} problems among the '
-    f'first {20 * count} examples of the task'
-  )
-
-
-def make_held_out(parts: Parts):
-  """(model, params, version, tally) -> metrics and transcripts on the first test examples."""
-  found = distinct_examples(parts.task, 'test', parts.evaluation.num_examples)
-  examples = augmented(parts, found[jax.process_index() :: jax.process_count()])
-  for example in examples:  # a prompt that does not fit stops the run now, not in an hour
-    parts.prompter.render(parts.tokenizer, example)
-
-  def held_out(model, params, version, tally):
-    tools = make_tools(parts, model, lambda: examples, 'eval', (0, 0), None, tally)
-    named = {'params': params, 'version': version}
-    metrics, found = evaluation.evaluate(parts.evaluation, parts.evaluation_env, tools, named)
-    shown = [
-      {'mode': mode, **sample}
-      for mode, experience in found.items()
-      for sample in evaluation.transcripts(experience, None, parts.config.log.transcripts)
-    ]
-    return metrics, shown
-
-  return held_out

@@ -1,4 +1,4 @@
-"""NumPy float64 oracles of the losses: plain loops over rows and tokens, as the papers write them.
+"""NumPy float64 oracles: plain loops over rows, tokens and channels, as the papers write them.
 
 Nothing here is shared with the library, so an error has to be made twice to go unseen.
 """
@@ -86,6 +86,43 @@ def grpo(cfg, rows, rewards, groups):
     'token_sum_const': kept * cfg.loss_constant,
   }[cfg.loss_agg]
   return total / denominator, {name: x / tokens for name, x in metrics.items()}
+
+
+def rotary_frequency(cfg, i, window):
+  """Radians per position of pair i in a layer with this window; `cfg` is read as plain data."""
+  C, L, factor = cfg.head_dim, cfg.rope_original_max_position, cfg.rope_factor
+  if window is not None and cfg.rope_local_theta is not None:
+    return cfg.rope_local_theta ** (-2 * i / C)
+  frequency = cfg.rope_theta ** (-2 * i / C)
+  if cfg.rope_scaling == 'linear':
+    return frequency / factor
+  if cfg.rope_scaling == 'llama3':  # by wavelengths, as its authors' code
+    wavelength = 2 * math.pi / frequency
+    if wavelength < L / cfg.rope_high_freq_factor:
+      return frequency
+    if wavelength > L / cfg.rope_low_freq_factor:
+      return frequency / factor
+    width = cfg.rope_high_freq_factor - cfg.rope_low_freq_factor
+    smooth = (L / wavelength - cfg.rope_low_freq_factor) / width
+    return (1 - smooth) * frequency / factor + smooth * frequency
+  if cfg.rope_scaling == 'yarn':  # by counting turns: the last pair that is fast, the first slow
+    turns = [L * cfg.rope_theta ** (-2 * j / C) / (2 * math.pi) for j in range(C)]
+    first = max([0, *(j for j in range(C) if turns[j] >= cfg.rope_beta_fast)])
+    last = min([C - 1, *(j for j in range(C) if turns[j] <= cfg.rope_beta_slow)])
+    if first < i < last:
+      kept = (last - i) / (last - first)
+      return kept * frequency + (1 - kept) * frequency / factor
+    return frequency if i <= first else frequency / factor
+  return frequency
+
+
+def rotary_amplitude(cfg, window):
+  """What cosine and sine are multiplied by in a layer with this window."""
+  if window is not None and cfg.rope_local_theta is not None:
+    return 1.0
+  if cfg.rope_attention_factor is not None:
+    return cfg.rope_attention_factor
+  return 1 + 0.1 * math.log(cfg.rope_factor) if cfg.rope_scaling == 'yarn' else 1.0
 
 
 def numerical_gradient(fn, x, step=1e-5):

@@ -1,4 +1,7 @@
-"""The decoder against a NumPy forward written for reading; packing, causality, cache, switches."""
+"""The decoder against a NumPy forward written for reading; packing, causality, cache, switches.
+
+`-m hf`: rotary scalings against transformers (pip install torch transformers).
+"""
 
 import dataclasses
 import functools
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import rotary_amplitude, rotary_frequency
 
 from reasonrl import records
 from reasonrl.configs import common
@@ -76,14 +80,14 @@ def oracle(model, params, tokens_T):
     scale = scale + 1.0 if model.norm_plus_one else scale
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + model.norm_eps) * scale
 
-  def rotate(x_C, position):
+  def rotate(x_C, position, window):
     out = np.empty(C)
     for i in range(C // 2):
-      angle = position * model.rope_theta ** (-2 * i / C)
+      angle = position * rotary_frequency(model, i, window)
       a, b = x_C[i], x_C[i + C // 2]
       out[i] = a * math.cos(angle) - b * math.sin(angle)
       out[i + C // 2] = b * math.cos(angle) + a * math.sin(angle)
-    return out
+    return rotary_amplitude(model, window) * out
 
   def activation(x):
     if model.activation == 'silu':
@@ -98,7 +102,9 @@ def oracle(model, params, tokens_T):
         x_TC = x_TC + layer[name]['bias'][rows]
       if model.qk_norm and name != 'v':
         x_TC = norm(x_TC, layer[f'{name}_norm']['scale'])
-      return x_TC if name == 'v' else np.stack([rotate(x, t) for t, x in enumerate(x_TC)])
+      if name == 'v':
+        return x_TC
+      return np.stack([rotate(x, t, window) for t, x in enumerate(x_TC)])
 
     heads = []
     for h in range(model.num_heads):
@@ -148,7 +154,24 @@ SWITCHES = {
   'sliding_window': {'sliding_window': 3},
   'sliding_window_pattern': {'sliding_window': 1, 'sliding_window_pattern': 2, 'num_layers': 3},
 }
+# Four pairs of channels, 40 tokens: 6.4, 2.4, 0.9 and 0.3 turns.
+FOUR_PAIRS = {'head_dim': 8, 'rope_theta': 50.0}
+YARN = {
+  **{'rope_scaling': 'yarn', 'rope_factor': 4.0, 'rope_original_max_position': 40},
+  **{'rope_beta_fast': 2.0, 'rope_beta_slow': 0.5},
+}
+LOCAL = {'rope_local_theta': 5.0, 'sliding_window': 30, 'sliding_window_pattern': 2}
+ROPES = {
+  'linear': {'rope_scaling': 'linear', 'rope_factor': 8.0},
+  'llama3': {'rope_scaling': 'llama3', 'rope_factor': 8.0, 'rope_original_max_position': 40},
+  'yarn': YARN,
+  'attention factor': YARN | {'rope_attention_factor': 0.7},
+  'local': LOCAL,
+  'local and linear': LOCAL | {'rope_scaling': 'linear', 'rope_factor': 8.0},
+  'local and yarn': LOCAL | YARN,
+}
 ALL_SWITCHES = dict(itertools.chain(*(changes.items() for changes in SWITCHES.values())))
+ALL_SWITCHES |= YARN | {'rope_local_theta': 5.0}
 
 
 def test_a_llama_type_model_is_the_oracle():
@@ -168,6 +191,16 @@ def test_each_switch_is_the_oracle_and_changes_the_result(changes):
   off = dataclasses.replace(model, **{switch: getattr(make(), switch)})
   off = oracle(off, params, tokens_BT[0])
   assert np.abs(got[0] - off).max() > 1e-2
+
+
+@pytest.mark.parametrize('changes', ROPES.values(), ids=list(ROPES))
+def test_each_rope_is_the_oracle_and_changes_the_result(changes):
+  windows = {k: v for k, v in changes.items() if not k.startswith('rope')}
+  model, plain = make(**FOUR_PAIRS | changes), make(**FOUR_PAIRS | windows)
+  params, tokens_BT = parameters(plain), tokens(1, 48)
+  got, _ = hidden(model, params, tokens_BT, *whole(tokens_BT))
+  close(got[0], oracle(model, params, tokens_BT[0]), 1e-4)
+  assert np.abs(got[0] - oracle(plain, params, tokens_BT[0])).max() > 1e-2
 
 
 def test_all_switches_together_are_the_oracle():
@@ -194,25 +227,6 @@ def test_rms_norm_by_hand():
   x, scale = jnp.asarray([3.0, 4.0]), jnp.asarray([2.0, 1.0])
   assert decoder.rms_norm(x, scale, 3.5, False).tolist() == [1.5, 1.0]
   assert decoder.rms_norm(x, scale, 3.5, True).tolist() == [2.25, 2.0]
-
-
-def test_rotary_by_hand():
-  # Two channels turn by the position itself.
-  x = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (1, 3, 1, 2))
-  out = decoder.rotary(x, jnp.asarray([[0, 1, 2]]), 10000.0)[0, :, 0]
-  close(out, [[1.0, 0.0], [math.cos(1), math.sin(1)], [math.cos(2), math.sin(2)]])
-  # Four channels: (0, 2) turn by the position, (1, 3) by position * theta^(-1/2).
-  x = jnp.asarray([1.0, 0.0, 0.0, 1.0]).reshape(1, 1, 1, 4)
-  out = decoder.rotary(x, jnp.asarray([[5]]), 100.0)[0, 0, 0]
-  close(out, [math.cos(5), -math.sin(0.5), math.sin(5), math.cos(0.5)])
-
-
-def test_rotary_products_depend_on_the_distance_alone():
-  rng = np.random.default_rng(0)
-  q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-  at = lambda x, position: decoder.rotary(x, jnp.asarray([[position]]), 1000.0)  # noqa: E731
-  products = [jnp.sum(at(q, 3 + shift) * at(k, shift)) for shift in (0, 7, 300)]
-  close(products, [products[0]] * 3, 1e-4)
 
 
 def test_heads():
@@ -404,7 +418,7 @@ def test_padding_is_not_written_to_the_cache(scan_layers):
 
 def test_scanned_and_checkpointed_layers_are_the_unrolled_ones():
   """One checkpoint format, one result, one gradient."""
-  plain, rows = make(sliding_window=3), tokens(2, 6)
+  plain, rows = make(sliding_window=3, rope_local_theta=50.0), tokens(2, 6)
   params = parameters(plain)
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -434,6 +448,14 @@ def test_scanned_and_checkpointed_layers_are_the_unrolled_ones():
     ({'compute_dtype': 'f32'}, "compute_dtype='f32'.*float32.*bfloat16"),
     ({'head_dim': 5}, 'head_dim=5 is odd'),
     ({'sliding_window': 0}, 'sliding_window=0'),
+    ({'rope_scaling': 'ntk'}, "rope_scaling='ntk'.*default, linear, llama3, yarn"),
+    ({'rope_scaling': 'linear'}, "'linear' takes rope_factor=a number >= 1, not None"),
+    ({'rope_factor': 8.0}, "'default' takes rope_factor=None, not 8.0"),
+    ({'rope_scaling': 'linear', 'rope_factor': 0.5}, 'rope_factor=.*>= 1, not 0.5'),
+    ({'rope_scaling': 'yarn', 'rope_factor': 4.0}, 'rope_original_max_position=.*not None'),
+    ({'rope_low_freq_factor': 4.0}, 'rope_low_freq_factor=4.0.*rope_high_freq_factor=4.0'),
+    ({'rope_beta_fast': 0.5}, 'rope_beta_slow=1.0.*rope_beta_fast=0.5'),
+    ({'rope_local_theta': 1e4}, 'rope_local_theta=10000.0.*sliding_window=None'),
     (
       {'scan_layers': True, 'sliding_window': 3, 'sliding_window_pattern': 2},
       'scan_layers.*sliding_window=3.*every 2th',
@@ -443,3 +465,108 @@ def test_scanned_and_checkpointed_layers_are_the_unrolled_ones():
 def test_bad_values(changes, message):
   with pytest.raises(records.UserError, match=message):
     make(**changes)
+
+
+# ------------------------------------------------------------------------------------ transformers
+
+
+ORIGINAL = {'factor': 4.0, 'original_max_position_embeddings': 16}
+STRETCHED = {'rope_factor': 4.0, 'rope_original_max_position': 16}
+GEMMA_3 = {
+  **{'activation': 'gelu_tanh', 'qk_norm': True, 'norm_plus_one': True, 'post_norms': True},
+  **{'embed_scale': True, 'attention_scale': 0.25, 'norm_eps': 1e-6},
+  **{'sliding_window': 6, 'sliding_window_pattern': 2, 'rope_local_theta': 5.0},
+}
+THEIRS = {  # transformers' rope_parameters (of Gemma 3: of its global layers) and our fields
+  'default': ({'rope_type': 'default'}, {}),
+  'linear': (
+    {'rope_type': 'linear', 'factor': 8.0},
+    {'rope_scaling': 'linear', 'rope_factor': 8.0},
+  ),
+  'llama3': (
+    {'rope_type': 'llama3', **ORIGINAL, 'low_freq_factor': 0.5, 'high_freq_factor': 2.0},
+    {
+      **{'rope_scaling': 'llama3', **STRETCHED},
+      **{'rope_low_freq_factor': 0.5, 'rope_high_freq_factor': 2.0},
+    },
+  ),
+  'yarn': (
+    {'rope_type': 'yarn', **ORIGINAL, 'beta_fast': 1.0, 'beta_slow': 0.25},
+    {'rope_scaling': 'yarn', **STRETCHED, 'rope_beta_fast': 1.0, 'rope_beta_slow': 0.25},
+  ),
+  'attention factor': (
+    {'rope_type': 'yarn', **ORIGINAL, 'attention_factor': 0.7},
+    {'rope_scaling': 'yarn', **STRETCHED, 'rope_attention_factor': 0.7},
+  ),
+}
+
+
+def from_transformers(state, num_layers: int):
+  """A state dict of transformers as our parameters."""
+  value = lambda name: jnp.asarray(state[f'{name}.weight'].numpy())  # noqa: E731
+  post = 'layers.0.pre_feedforward_layernorm.weight' in state  # else its post_attention is our mlp
+  layers = {}
+  for i in range(num_layers):
+    norms = {'attn_norm': 'input', 'mlp_norm': 'pre_feedforward' if post else 'post_attention'}
+    if post:
+      norms |= {'post_attn_norm': 'post_attention', 'post_mlp_norm': 'post_feedforward'}
+    layer = layers[f'{i:02d}'] = {
+      ours: {'scale': value(f'layers.{i}.{theirs}_layernorm')} for ours, theirs in norms.items()
+    }
+    layer['attn'] = {x: {'weight': value(f'layers.{i}.self_attn.{x}_proj')} for x in 'qkvo'}
+    if post:
+      for x in ('q_norm', 'k_norm'):
+        layer['attn'][x] = {'scale': value(f'layers.{i}.self_attn.{x}')}
+    layer['mlp'] = {
+      x: {'weight': value(f'layers.{i}.mlp.{x}_proj')} for x in ('gate', 'up', 'down')
+    }
+  return {
+    'embed': {'weight': value('embed_tokens')},
+    'layers': layers,
+    'final_norm': {'scale': value('norm')},
+  }
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize('family', ['llama', 'gemma3_text'])
+@pytest.mark.parametrize('theirs, ours', THEIRS.values(), ids=list(THEIRS))
+def test_transformers_agrees(family, theirs, ours):
+  """Random weights; 24 tokens: more than the original 16 and than the window of 6."""
+  import torch  # neither is a dependency
+  import transformers
+
+  model = make(**FOUR_PAIRS | (GEMMA_3 if family == 'gemma3_text' else {}) | ours)
+  rope = theirs | {'rope_theta': model.rope_theta}
+  fields = {'rope_parameters': rope, 'tie_word_embeddings': True}
+  if family == 'gemma3_text':
+    local = {'rope_type': 'default', 'rope_theta': model.rope_local_theta}
+    fields['rope_parameters'] = {'full_attention': rope, 'sliding_attention': local}
+    fields |= {'sliding_window': 6, 'sliding_window_pattern': 2, 'query_pre_attn_scalar': 16}
+  network = transformers.AutoModel.from_config(
+    transformers.AutoConfig.for_model(
+      family,
+      vocab_size=model.vocab_size,
+      hidden_size=model.width,
+      num_hidden_layers=model.num_layers,
+      num_attention_heads=model.num_heads,
+      num_key_value_heads=model.num_kv_heads,
+      head_dim=model.head_dim,
+      intermediate_size=model.mlp_width,
+      rms_norm_eps=model.norm_eps,
+      max_position_embeddings=64,
+      **fields,
+    ),
+    attn_implementation='eager',
+  )
+  generator = torch.Generator().manual_seed(0)
+  state = {
+    name: 0.6 * torch.randn(x.shape, generator=generator)
+    for name, x in network.state_dict().items()
+  }
+  network.load_state_dict(state)
+  tokens_BT = tokens(2, 24)
+  with torch.no_grad():
+    want = network(torch.as_tensor(tokens_BT.astype(np.int64))).last_hidden_state.numpy()
+  params = from_transformers(state, model.num_layers)
+  got, _ = hidden(model, params, tokens_BT, *whole(tokens_BT))
+  close(got, want, 1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -39,6 +40,48 @@ def test_paired_gain_by_hand():
   # gains 1, 0, 0, 1: mean .5, sd (ddof 1) .577350, 1.959964 * .577350 / 2 = .565793
   gain, low, high = evaluation.paired_gain([0, 0, 1, 0], [1, 0, 1, 1])
   assert (gain, low, high) == pytest.approx((0.5, -0.065793, 1.065793), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  'n, c, k, want',
+  [
+    (5, 2, 2, 0.7),  # 1 - C(3,2)/C(5,2) = 1 - 3/10
+    (16, 4, 8, 0.961538),  # 1 - C(12,8)/C(16,8) = 1 - 495/12870
+    (4, 0, 3, 0.0),
+    (4, 1, 4, 1.0),
+    (4, 2, 3, 1.0),  # only two wrong ones
+    (4, 3, 1, 0.75),
+  ],
+)
+def test_pass_at_k_by_hand(n, c, k, want):
+  assert evaluation.pass_at_k(n, [c], k) == pytest.approx([want], abs=1e-6)
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+  right = np.array([1, 0, 0, 1, 0, 0])
+  for k in range(1, 7):
+    subsets = [right[list(s)].any() for s in itertools.combinations(range(6), k)]
+    assert evaluation.pass_at_k(6, [2], k) == pytest.approx([np.mean(subsets)])
+
+
+@pytest.mark.parametrize(
+  'answers, right, want',
+  [
+    (['3', '5', '5', None, '3'], [1, 0, 0, 0, 1], 1.0),  # a tie: the one seen first
+    (['5', '3', '5', None, '3'], [0, 1, 0, 0, 1], 0.0),
+    ([None, None], [0, 0], 0.0),
+    ([None, None, None, '3'], [0, 0, 0, 1], 1.0),  # no answer has no vote
+  ],
+)
+def test_majority_by_hand(answers, right, want):
+  assert evaluation.majority(answers, right) == want
+
+
+def test_votes_use_blocks():
+  answers, right = ['a', 'b', 'b', 'a', 'a', 'c'], np.array([1, 0, 0, 1, 1, 0])
+  assert evaluation.votes(answers, right, 3) == 0.5  # b wins the first block, a the second
+  assert evaluation.votes(answers, right, 4) == 1.0  # a ties with b and came first
+  assert evaluation.votes(answers, right, 1) == 0.5
 
 
 def test_pairing_removes_the_spread_between_problems():
@@ -140,29 +183,44 @@ def sample(rewards=(1.0, 0.0, 0.5, 0.5), lengths=(1, 3, 2, 2)):
   return dataclasses.replace(found, completions=(found.completions[0], cut, *found.completions[2:]))
 
 
+def summary(experience):
+  return evaluation.summary(evaluation.outcomes(experience, BYTES, '', 'accuracy'))
+
+
 def test_summary_by_hand():
-  got = evaluation.summary(sample(), BYTES, '')
+  got = summary(sample())
   assert got == pytest.approx(
     {
       'reward': 0.5,
-      'reward_std': math.sqrt(0.125),
+      'reward_std': math.sqrt(0.5 / 3),
       'reward/accuracy': 0.5,
+      'accuracy': 0.25,  # half a reward is not right
       'completion_length': 2.0,
       'think_length': 0.5,
       'truncated': 0.25,
       'eos_rate': 0.75,
+      'stopped_length': 5 / 3,
       'zero_variance_groups': 0.5,
       'unmasked_tokens': 0.0,
     }
   )
 
 
+def test_the_example_says_which_reward_decides():
+  found = sample((1.0, 1.0, 0.0, 0.0))
+  sums = np.float32([0.0, np.nan, 1.0, 0.0])
+  examples = [dataclasses.replace(e, meta={records.CHECKED_BY: 'sum'}) for e in found.examples]
+  mixed = (*found.examples[:1], *examples[1:])
+  found = dataclasses.replace(found, examples=mixed, parts=found.parts | {'sum': sums})
+  np.testing.assert_array_equal(evaluation.right(found, 'accuracy'), [1, 0, 1, 0])
+
+
 def test_summary_leaves_nan_rewards_out():
-  got = evaluation.summary(sample((1.0, np.nan, 0.5, np.nan)), BYTES, '')
+  got = summary(sample((1.0, np.nan, 0.5, np.nan)))
   assert got['reward'] == got['reward/accuracy'] == 0.75
-  assert got['reward_std'] == 0.25
+  assert got['reward_std'] == pytest.approx(math.sqrt(0.125))
   assert got['zero_variance_groups'] == 1.0
-  assert math.isnan(evaluation.summary(sample((np.nan,) * 4), BYTES, '')['reward'])
+  assert math.isnan(summary(sample((np.nan,) * 4))['reward'])
 
 
 def test_summary_counts_sampled_tokens_outside_the_mask():
@@ -170,24 +228,38 @@ def test_summary_counts_sampled_tokens_outside_the_mask():
   source = found.source_BT.copy()
   source[1, 3] = types.ENVIRONMENT
   changed = dataclasses.replace(found, source_BT=source)
-  assert evaluation.summary(changed, BYTES, '')['unmasked_tokens'] == 1.0
+  assert summary(changed)['unmasked_tokens'] == 1.0
+
+
+def test_outcomes_of_two_processes_are_in_the_order_of_the_data(monkeypatch):
+  # Of problems 0, 1, 2, 3 process 0 has 0 and 2, process 1 has 1 and 3; its reward named a part.
+  def gather(mine):
+    other = {name: [10 + x for x in column] for name, column in mine.items()}
+    return [mine, other | {'group': mine['group'], 'reward/accuracy/part': [0.5] * 4}]
+
+  monkeypatch.setattr(evaluation.sharding, 'gather', gather)
+  table = evaluation.outcomes(sample(), BYTES, '', 'accuracy')
+  assert table['group'].tolist() == [0, 0, 2, 2, 1, 1, 3, 3]
+  assert table['reward'].tolist() == [1.0, 0.0, 0.5, 0.5, 11.0, 10.0, 10.5, 10.5]
+  assert np.isnan(table['reward/accuracy/part'][:4]).all()
+  assert evaluation.summary(table)['reward/accuracy/part'] == 0.5
 
 
 def test_transcripts_pair_rows_with_their_rollouts():
   found = sample()
   adv_BT = np.array([[2.0], [-1.0], [0.5], [-0.5]]) * found.mask_BT
-  got = evaluation.transcripts(found, adv_BT, 2)
+  got = evaluation.transcripts(found, adv_BT, 2, 'accuracy')
   assert [row['prompt'] for row in got] == ['p0', 'p2']  # spread over the batch
   assert got[0] == {
     **{'prompt': 'p0', 'completion': 'c0', 'answer': 'a', 'reward': 1.0, 'advantage': 2.0},
-    **{'parts': {'accuracy': 1.0}, 'length': 1, 'stop': 'eos', 'index': 0},
+    **{'right': True, 'parts': {'accuracy': 1.0}, 'length': 1, 'stop': 'eos', 'index': 0},
   }
   order = np.array([2, 3, 0, 1])  # rows shuffled, rollouts not
-  shuffled = evaluation.transcripts(types.take_rows(found, order), adv_BT[order], 2)
+  shuffled = evaluation.transcripts(types.take_rows(found, order), adv_BT[order], 2, 'accuracy')
   assert shuffled == got
-  assert len(evaluation.transcripts(found, None, 99)) == 4
-  assert evaluation.transcripts(found, None, 0) == []
-  assert evaluation.transcripts(found, None, 1)[0]['advantage'] is None
+  assert len(evaluation.transcripts(found, None, 99, 'accuracy')) == 4
+  assert evaluation.transcripts(found, None, 0, 'accuracy') == []
+  assert evaluation.transcripts(found, None, 1, 'accuracy')[0]['advantage'] is None
 
 
 # ------------------------------------------------------------------------------------ evaluate
@@ -217,7 +289,8 @@ def test_evaluate_greedy_and_sampled():
   asked = []
   tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
-  metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {})
+  votes = lambda _, completion: completion.text  # noqa: E731 - each its own: the first one wins
+  metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {}, votes)
   # The same random keys at every evaluation: the step they see is 0.
   assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]
   assert metrics['eval/greedy/outcomes'] == [1.0, 0.0, 1.0]
@@ -227,5 +300,10 @@ def test_evaluate_greedy_and_sampled():
   low, high = evaluation.wilson(1 / 3, 3)  # problems count, not samples
   assert metrics['eval/sampled/accuracy_low'] == pytest.approx(low)
   assert metrics['eval/sampled/accuracy_high'] == pytest.approx(high)
+  assert metrics['eval/sampled/pass@2'] == pytest.approx(2 / 3)
+  assert metrics['eval/sampled/majority@2'] == pytest.approx(1 / 3)  # samples 0,1 | 0,0 | 1,nan
+  assert not [name for name in metrics if name.startswith('eval/greedy/pass@')]
+  plain, _ = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, []), tools, {}, None)
+  assert set(metrics) - set(plain) == {'eval/sampled/majority@2'}
   assert metrics['eval/sampled/completion_length'] == 2.0
   assert found['sampled'].reward_R.size == 6 and found['greedy'].reward_R.size == 3

@@ -18,10 +18,10 @@ MAPPED = ('kernels', 'configs', 'experiments')  # top-level folders, imported as
 
 LAYERS = (
   ('kernels',),
-  ('types', 'records', 'ops', 'rl_math', 'tokenizers', 'logs', 'sharding'),
+  ('types', 'records', 'ops', 'rl_math', 'tokenizers', 'logs', 'display', 'sharding'),
   ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'optim'),
   ('data', 'sampling', 'learner', 'evaluation', 'checkpoint', 'rewarding', 'envs'),
-  ('train', 'wiring'),
+  ('train', 'tooling', 'wiring'),
   ('main', 'evaluate', 'export', 'report', 'experiments'),
 )
 LIBRARY = tuple(unit for layer in LAYERS[1:4] for unit in layer)
@@ -34,7 +34,7 @@ MAY_IMPORT = {
   'ops': ('kernels', 'types', 'records'),
   **{unit: LAYERS[1] for unit in LAYERS[2]},
   **{unit: SHARED for unit in LAYERS[3]},
-  **{unit: (*LIBRARY, 'wiring') for unit in LAYERS[4]},
+  **{unit: (*LIBRARY, 'wiring', 'tooling') for unit in LAYERS[4]},
   **{unit: tuple(u for layer in LAYERS for u in layer) + ('configs',) for unit in LAYERS[5]},
   'configs': (),
 }
@@ -48,7 +48,8 @@ ONLY_IN = {
 }
 # unit -> the libraries that it may import besides Python's own
 ONLY_LIBRARIES = {'kernels': ('jax', 'numpy'), 'configs': ('ml_collections',)}
-NO_JAX = ('records', 'tasks', 'rewards', 'prompts', 'tokenizers', 'logs', 'rewarding', 'configs')
+NO_JAX = ('records', 'tasks', 'rewards', 'prompts', 'tokenizers', 'logs', 'display')
+NO_JAX += ('rewarding', 'configs')
 JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex')
 TABLES = {
   'TASKS': 'tasks',

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 import pathlib
 import shlex
-import subprocess
 import sys
 
 import ml_collections
 import numpy as np
 import pytest
-import rich.console
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -27,6 +23,7 @@ ROW = {
   'completion': '<think>2 and 2</think><answer>4</answer>',
   'answer': '4',
   'reward': 1.1,
+  'right': True,
   'parts': {'accuracy': 1.0, 'format': 0.1},
   'advantage': 0.5,
   'length': 12,
@@ -69,7 +66,7 @@ def test_open_workdir_writes_the_whole_config_and_each_start(tmp_path):
   assert list(starts[0]['packages']) == sorted(starts[0]['packages'])
   assert starts[0]['packages']['numpy'] == np.__version__
   assert starts[0]['command'].endswith(shlex.join(sys.orig_argv[1:]))
-  assert sorted(file.name for file in path.iterdir()) == ['config.json', 'env.json']
+  assert sorted(file.name for file in path.iterdir()) == ['config.json', 'env.json', 'lock.tmp']
 
 
 def test_another_config_is_refused_with_the_fields(tmp_path):
@@ -107,6 +104,23 @@ def test_folders_that_cannot_be_a_workdir(tmp_path):
   (tmp_path / 'killed').mkdir()
   (tmp_path / 'killed' / 'config.json.tmp').write_text('{')  # killed in its first write
   assert opened(tmp_path / 'killed')
+
+
+def test_one_process_at_a_time(tmp_path):
+  lock = logs.open_workdir(tmp_path / 'run', config(), [])
+  with pytest.raises(records.UserError, match='another process runs in workdir .*run'):
+    logs.open_workdir(tmp_path / 'run', config(), [])
+  lock.close()
+  logs.open_workdir(tmp_path / 'run', config(), []).close()
+
+
+def test_a_host_that_does_not_share_the_run(tmp_path):
+  with pytest.raises(records.UserError, match='not on a disk that every host sees'):
+    logs.check_opened(tmp_path / 'run', config(), [])
+  opened(tmp_path / 'run')
+  logs.check_opened(tmp_path / 'run', config(), [])
+  with pytest.raises(records.UserError, match='belongs to another config'):
+    logs.check_opened(tmp_path / 'run', config(seed=9), [])
 
 
 def test_processes_that_do_not_write_leave_no_trace(tmp_path):
@@ -165,151 +179,3 @@ def test_any_text_survives_in_one_line(tmp_path_factory, text):
   lines = (folder / 'rollouts.jsonl').read_bytes().split(b'\n')
   assert len(lines) == 2 and not lines[1]
   assert json.loads(lines[0]) == {'completion': text}
-
-
-# ------------------------------------------------------------------------------------ display
-
-
-def console(terminal: bool, **kwargs) -> rich.console.Console:
-  options = {'width': 80, 'height': 24, 'force_terminal': terminal, '_environ': {'TERM': 'xterm'}}
-  return rich.console.Console(file=io.StringIO(), **(options | kwargs))
-
-
-def test_plain_lines(monkeypatch):
-  now = 0.0
-  monkeypatch.setattr(logs.time, 'monotonic', lambda: now)
-  out = console(False)
-  with logs.Display(every=10, shows=True, console=out) as display:
-    display.phase('rl', 'reinforce', 150, 9)
-    display.status('compiling the sampler')
-    for step in range(10, 31):
-      metrics = {'reward': 1.324, 'reward/accuracy': np.float32(0.61), 'think_length': 5.12}
-      metrics |= {'entropy': math.nan, 'loss': 0.1, 'timing/tokens_per_s': 12345.0}
-      now += 1.0  # one second a step
-      display.step(step, metrics)
-    key = 'eval/sampled/accuracy'
-    display.evaluation('after', {key: 0.5, f'{key}_low': 0.4, f'{key}_high': 0.6})
-    display.transcripts([ROW])
-    display.note('the end [bold]')
-  assert out.file.getvalue().split('\n') == [
-    'rl: reinforce, 150 steps, resumed after step 9',
-    'compiling the sampler ...',
-    'rl 10/150  reward 1.32  accuracy 0.61  think 5.1  tok/s 12.3k',
-    'rl 20/150  reward 1.32  accuracy 0.61  think 5.1  tok/s 12.3k  2m10s left',
-    'rl 30/150  reward 1.32  accuracy 0.61  think 5.1  tok/s 12.3k  2m00s left',
-    'held-out accuracy after  sampled 0.500 [0.400, 0.600]',
-    '✓ What is [red]2 + 2[/red]?',
-    '  <think>2 and 2</think><answer>4</answer>',
-    '  answer 4  reward 1.10  advantage +0.50  tokens 12  eos',
-    'the end [bold]',
-    '',
-  ]
-
-
-def test_terminal_shows_phase_progress_compilation_and_coloured_transcripts():
-  out = console(True)
-  with logs.Display(every=10, shows=True, console=out) as display:
-    display.phase('rl', 'reinforce', 150, 0)
-    display.status('compiling the sampler')
-    assert 'compiling the sampler' in drawn(display)
-    display.step(1, {'reward': 0.0, 'reward/accuracy': 0.0})
-    display.step(2, {'reward': 1.0, 'reward/accuracy': 0.5, 'entropy': 0.4})
-    display.transcripts([ROW, ROW | {'parts': {'accuracy': 0.0}}])
-    picture = drawn(display)
-  assert 'rl 2/150' in picture and 'entropy 0.40' in picture and 'compiling' not in picture
-  assert 'accuracy ▁█ 0.00 → 0.50' in picture
-  assert '✓ What is' in picture and '✗ What is' in picture
-  coloured = logs.transcript(ROW, 80)
-  styles = {coloured.plain[span.start : span.end].strip(): span.style for span in coloured.spans}
-  assert styles['<answer>4</answer>'] == 'bold green'
-  assert styles['<think>2 and 2</think>'] == 'cyan'
-  wrong = logs.transcript(ROW | {'parts': {'accuracy': 0.0}}, 80)
-  assert 'bold red' in {span.style for span in wrong.spans}
-
-
-def drawn(display) -> str:
-  """The live picture as text, on a console of the same size."""
-  out = rich.console.Console(file=io.StringIO(), width=80, height=24)
-  out.print(display._picture())
-  return out.file.getvalue()
-
-
-def test_terminal_is_restored_after_an_exception():
-  out = console(True)
-  with pytest.raises(RuntimeError), logs.Display(1, True, out) as display:
-    display.phase('rl', 'reinforce', 3, 0)
-    raise RuntimeError
-  hidden, shown = out.file.getvalue().rfind('\x1b[?25l'), out.file.getvalue().rfind('\x1b[?25h')
-  assert 0 <= hidden < shown
-
-
-@pytest.mark.parametrize('height', [3, 8, 24])
-def test_picture_fits_the_terminal(height):
-  out = console(True, height=height)
-  display = logs.Display(1, True, out)
-  display.phase('rl', 'reinforce', 3, 0)
-  display.step(1, {'reward': 1.0})
-  display.transcripts([ROW | {'completion': 'x ' * 5000, 'prompt': 'y' * 5000}] * 8)
-  lines = out.render_lines(display._picture())
-  assert len(lines) <= max(height, 4)  # the bar, the numbers and the curve are always there
-
-
-def test_colab_and_dumb_terminals_get_plain_lines(monkeypatch):
-  for colab, out in ((False, console(True, _environ={'TERM': 'dumb'})), (True, console(True))):
-    if colab:
-      monkeypatch.setenv('COLAB_RELEASE_TAG', 'release')
-    with logs.Display(1, True, out) as display:
-      display.phase('rl', 'reinforce', 3, 0)
-      display.step(1, {})
-    assert 'rl 1/3\n' in out.file.getvalue() and '─' not in out.file.getvalue()
-
-
-def test_other_processes_are_silent():
-  out = console(False)
-  with logs.Display(1, False, out) as display:
-    display.phase('rl', 'reinforce', 3, 0)
-    display.step(1, {'reward': 1.0})
-    display.note('x')
-  assert out.file.getvalue() == ''
-
-
-@example('a\x1b[2J' * 999, '<think>\x9b' + 'b' * 9999 + '</think>\u202e')
-@given(st.text(st.characters(codec=None)), st.text(st.characters(codec=None)))
-def test_model_text_cannot_command_the_terminal(prompt, completion):
-  text = logs.transcript(ROW | {'prompt': prompt, 'completion': completion}, 40).plain
-  assert all(c.isprintable() or c == '\n' for c in text)
-  assert text.count('\n') == 2 and len(text) < 500
-
-
-def test_output_that_cannot_spell_a_letter_gets_a_question_mark():
-  program = (
-    'from reasonrl import logs\n'
-    'with logs.Display(1, True) as display:\n'
-    "  display.note('caf\\u00e9 \\u4e2d')\n"
-  )
-  environment = os.environ | {
-    'PYTHONPATH': str(pathlib.Path(logs.__file__).parent.parent),
-    'PYTHONIOENCODING': 'ascii',
-  }
-  done = subprocess.run(
-    [sys.executable, '-c', program], env=environment, capture_output=True, check=True
-  )
-  assert done.stdout == b'caf? ?\n'
-
-
-@pytest.mark.parametrize(
-  'seconds, text', [(0.4, '0s'), (59.6, '1m00s'), (80, '1m20s'), (7325, '2h02m')]
-)
-def test_clock(seconds, text):
-  assert logs._clock(seconds) == text
-
-
-@pytest.mark.parametrize('number, text', [(12345, '12.3k'), (999, '999'), (4.2e6, '4.2M')])
-def test_short(number, text):
-  assert logs._short(number) == text
-
-
-def test_sparkline():
-  assert logs._sparkline([0, 1], 10) == '▁█'
-  assert logs._sparkline([5, 5, 5], 10) == '▁▁▁'
-  assert logs._sparkline(list(range(16)), 8) == '▁▂▃▄▅▆▇█'

@@ -119,6 +119,8 @@ def run(config, workdir, pool):
   print('ran', config.rl.steps, workdir, pool, config.is_locked)
   if config.seed == 1:
     raise records.UserError('seed 1 is bad; choices: 0')
+  if config.seed == 3:
+    raise OSError(28, os.strerror(28), workdir)
   if config.seed == 2:
     os.mkdir(workdir)
     row = '{"step": 1, "phase": "rl", "phase_step": 1, "kind": "train", "reward": 1.0}'
@@ -185,6 +187,12 @@ def test_finished_run_is_reported(program, tmp_path):
   assert done.returncode == 0, done.stderr
   assert (tmp_path / 'here' / 'curves.png').exists()
   assert (tmp_path / 'here' / 'report.html').exists()
+
+
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(program, tmp_path):
+  done = call(program, tmp_path, '--config=toy.py', '--config.seed=3', '--workdir=here')
+  assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
+  assert done.stderr.startswith('error: No space left on device: here; what was saved is whole')
 
 
 def test_libraries_are_quiet_unless_asked(program, tmp_path):

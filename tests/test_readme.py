@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -53,7 +54,7 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize('command', commands())
-def test_command(command):
+def test_command(command, tmp_path):
   words = shlex.split(command)
   program, arguments = re.sub(r'^\.venv/bin/', '', words[0]), words[1:]
   if program == 'pip' or arguments[:2] == ['-m', 'pip']:
@@ -71,10 +72,16 @@ def test_command(command):
     subprocess.run(['bash', program, '--dry_run', *arguments], cwd=ROOT, check=True)
   else:
     assert program.startswith('python'), f'{command!r}: neither pip, venv, pytest nor a program'
+    # A folder with what a clone has, and with the run that other commands speak of.
+    for top in ('configs', 'experiments', 'reasonrl'):
+      (tmp_path / top).symlink_to(ROOT / top)
+    (tmp_path / 'runs' / 'first').mkdir(parents=True)
+    saved = ROOT / 'experiments' / 'r1_zero_shuffled_objects' / 'config.json'
+    shutil.copy(saved, tmp_path / 'runs' / 'first')
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     done = subprocess.run(
       [sys.executable, *arguments, '--only_check_args'],
-      cwd=ROOT,
+      cwd=tmp_path,
       env=environment,
       capture_output=True,
       text=True,

@@ -28,7 +28,7 @@ ROWS = [
   *(train(step, 'pretrain', loss=3 - step / 10, grad_norm=1.0) for step in range(1, 11)),
   held_out(10, 'pretrain', 0.3),
   *(
-    train(step, 'rl', loss=0.0, reward=step / 10, **{'reward/accuracy': step / 20})
+    train(step, 'rl', loss=0.0, reward=step / 10, accuracy=step / 20)
     for step in range(11, 21)
   ),
   held_out(20, 'rl', 0.9),
@@ -40,6 +40,7 @@ SAMPLE = {
   'completion': 'so <think>4</think> it is',
   'answer': '4',
   'reward': 1.1,
+  'right': True,
   'parts': {'accuracy': 1.0},
   'advantage': None,
   'length': 5,
@@ -131,7 +132,7 @@ def test_moving_mean():
 
 def test_page_is_self_contained_and_escapes_model_text(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'seed': 12345}))
-  wrong = SAMPLE | {'parts': {'accuracy': 0.0}, 'completion': 'no tags \udc80'}
+  wrong = SAMPLE | {'right': False, 'completion': 'no tags \udc80'}
   page = report.html(workdir(tmp_path, ROWS, [SAMPLE, wrong])).read_text()
   assert '<script' not in page and '2 + 2 = &lt;script&gt;' in page
   assert not re.findall(r'(?:src|href)="(?!data:)', page)

@@ -14,6 +14,8 @@ from reasonrl.rewards import REWARDS, answer
 
 FIELDS = {
   'accuracy': dict(after_think=True, extraction='strict', require_stop=True),
+  'addition': dict(),
+  'countdown': dict(after_think=True, require_stop=True),
   'r1_format': dict(allow_empty_think=False),
   'open_r1_format': dict(),
   'tag_count': dict(),
@@ -24,8 +26,15 @@ def make(name, **changes):
   return REWARDS[name](**(FIELDS[name] | changes))
 
 
-def example(gold='7'):
-  return records.Example('test', 'train', 0, 'problem', gold, None, {})
+# What the rewards of one task read, so that no string reaches them in vain.
+META = {
+  'addition': {'checked_by': 'addition'},
+  'countdown': {'checked_by': 'countdown', 'numbers': '1 9', 'target': 9, 'operations': '+-*/'},
+}
+
+
+def example(gold='7', name=''):
+  return records.Example('test', 'train', 0, 'problem', gold, None, META.get(name, {}))
 
 
 def completion(text, stop=Stop.EOS):
@@ -165,10 +174,13 @@ def test_every_spelling_of_a_fraction_has_one_normal_form(x):
 def test_accuracy():
   good = '<think>3 + 4</think><answer>7</answer>'
   score = make('accuracy')(example('7'), completion(good))
-  assert score == records.Score(1.0, {'extracted': 1.0}, None)
+  assert score == records.Score(1.0, {'extracted': 1.0, 'lenient': 1.0}, None)
   assert make('accuracy')(example('8'), completion(good)).value == 0.0
   score = make('accuracy')(example('7'), completion('<think>3 + 4</think>7'))
-  assert score == records.Score(0.0, {'extracted': 0.0}, None)
+  assert score == records.Score(0.0, {'extracted': 0.0, 'lenient': 1.0}, None)
+  assert make('accuracy').answer(completion(good)) == '7'
+  assert make('accuracy').answer(completion(good.replace('7<', '007.0<'))) == '7'
+  assert make('accuracy').answer(completion('7')) is None
   with pytest.raises(records.UserError, match="'any'.*strict, lenient"):
     make('accuracy', extraction='any')
 
@@ -177,6 +189,12 @@ def test_a_gold_answer_without_normal_form_pays_nobody():
   """A default of 1 or 0 would teach something; TRL and open-r1 had to fix that."""
   for gold in ('', '$', '9' * 513):
     assert value('accuracy', '<think>x</think><answer>7</answer>', gold) is None
+
+
+def test_accuracy_leaves_an_example_to_the_reward_that_it_names():
+  said = completion('<think>x</think><answer>7</answer>')
+  for name in ('addition', 'countdown'):
+    assert make('accuracy')(example('7', name), said) == records.Score(None, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +324,7 @@ def test_rewards_are_plain_values(name):
 
 fragments = st.sampled_from(
   [*records.TAGS, '\\boxed{', '\\boxed', '{', '}', '\\{', '####', '\\frac', '\\frac{1}{', '\\text{']
-  + ['1/0', *'$%,.-/019٣ \n\r\x00\ud800\\']
+  + ['1/0', *'$%,.-/019٣ \n\r\x00\ud800\\', *'()+*', '</scratch>', '1*9']
 )
 strings = st.text() | st.lists(fragments | st.text(max_size=3), max_size=30).map(''.join)
 
@@ -319,8 +337,11 @@ def test_no_string_makes_a_reward_raise(name, text, gold, stop):
     variants.append(make(name, after_think=False, extraction='lenient'))
     # Also with the text where it is sure to be read.
     text = f'<think></think>{text}'
+  if name == 'countdown':
+    text = f'<think></think><answer>{text}</answer>'
   for reward in variants:
-    score = reward(example(gold), completion(text, stop))
+    score = reward(example(gold, name), completion(text, stop))
+    assert (score.value is None) <= (name == 'accuracy')
     assert score.value is None or 0 <= score.value <= 1
     assert score.token_values is None
 
@@ -345,6 +366,10 @@ ADVERSARIAL = {
   'dots': '1.' * N,
   'fractions': '\\boxed{' + '\\frac{' * 80 + '}',
   'texts': '\\boxed{' + '\\text{' * 80 + '}',
+  'brackets': '<answer>' + '(' * 255 + '9' + ')' * 255 + '</answer>',
+  'open brackets': '<answer>' + '(' * N,
+  'operators': '<answer>' + '1+' * 250 + '9</answer>',
+  'lines': '\n' * N + '</scratch>' + '\n' * N,
   'open-r1 ends': '<think>\n' + '\n</think>' * N,
   'open-r1 seams': '<think>\n' + '\n</think>\n<answer>\n' * (N // 2),
 }
@@ -358,10 +383,12 @@ def test_no_string_takes_a_reward_50_ms(name, attack):
   if name == 'accuracy':
     text = '<think></think>' + text
     variants.append(make(name, after_think=False, extraction='lenient'))
+  if name == 'countdown':
+    variants = [make(name, after_think=False)]
   for reward in variants:
     sampled, times = completion(text), []
     for _ in range(3):
       start = time.thread_time()
-      reward(example(), sampled)
+      reward(example(name=name), sampled)
       times.append(time.thread_time() - start)
     assert min(times) < 0.05

@@ -235,7 +235,7 @@ def test_a_row_without_trained_tokens_is_absent(loss_agg):
 @pytest.mark.parametrize('loss_agg', ['seq_mean_token_mean', 'token_mean', 'token_sum_const'])
 def test_nothing_to_train_on_is_zero_over_one(loss_agg):
   weight_BT, denominator = rl_math.loss_weights(np.zeros((2, 3)), loss_agg, 8)
-  assert (weight_BT == 0).all() and denominator == 1.0
+  assert (weight_BT == 0).all() and denominator == 0.0
 
 
 @pytest.mark.parametrize('loss_agg', ['seq_mean_token_mean', 'token_mean', 'token_sum_const'])

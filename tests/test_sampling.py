@@ -35,6 +35,7 @@ GEMMA = {
   'attention_softcap': 3.0,
   'sliding_window': 4,
   'sliding_window_pattern': 2,
+  'rope_local_theta': 100.0,
 }
 
 

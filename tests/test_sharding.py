@@ -3,8 +3,10 @@
 That samples do not depend on the mesh is tested with the other layouts in `test_sampling`.
 """
 
+import dataclasses
 import functools
 import re
+from types import SimpleNamespace as types_of
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,40 @@ def test_a_mesh_that_does_not_fit(asked):
   message = f'data={data} fsdp={fsdp} tensor={tensor} does not fit 8 devices'
   with pytest.raises(records.UserError, match=message):
     sharding.make_mesh(*asked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """Of a torus over which jax.make_mesh would mix the processes."""
+
+  id: int
+  process_index: int
+
+
+@pytest.mark.parametrize(
+  'asked, fits', [((-1, 1, 1), True), ((2, 2, 2), True), ((1, 4, 2), True), ((1, 2, 4), False)]
+)
+def test_each_process_holds_a_stretch_of_the_rows(monkeypatch, asked, fits):
+  # Four processes with two devices each, ids across the processes: 0 0 1 1 / 0 0 ... of v6e.
+  devices = [Device(i, process) for i, process in enumerate([0, 1, 0, 1, 2, 3, 2, 3])]
+  monkeypatch.setattr(sharding.jax, 'devices', lambda: devices)
+  monkeypatch.setattr(sharding.jax, 'process_count', lambda: 4)
+  monkeypatch.setattr(sharding.jax, 'local_device_count', lambda: 2)
+  monkeypatch.setattr(sharding, 'Mesh', lambda array, *_, **__: types_of(devices=array))
+  if not fits:
+    with pytest.raises(records.UserError, match='tensor must divide the devices of a process .2.'):
+      sharding.make_mesh(*asked)
+    return
+  mesh = sharding.make_mesh(*asked)
+  assert [d.process_index for d in mesh.devices.flat] == [0, 0, 1, 1, 2, 2, 3, 3]
+  assert [d.id for d in mesh.devices.flat] == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_what_must_be_the_same_everywhere(monkeypatch):
+  assert sharding.same(3, 'x') == 3
+  monkeypatch.setattr(sharding, 'agree', lambda value: max(value, 5 if value >= 0 else -3))
+  with pytest.raises(records.UserError, match='x is not the same on every host: 3 to 5'):
+    sharding.same(3, 'x')
 
 
 # ------------------------------------------------------------------------------------ rules
@@ -148,6 +184,7 @@ def test_rows_go_out_and_come_back(name):
 
 def test_one_process_agrees_with_itself():
   assert sharding.agree(7) == 7 and sharding.total(2.5) == 2.5
+  assert sharding.gather({'a': [1.0]}) == [{'a': [1.0]}]
 
 
 # ------------------------------------------------------------------------------------ placement

@@ -33,16 +33,31 @@ SUMS = dict(
   forms=('digits', 'words'),
   operations=('+', '-'),
 )
+COUNTDOWN = dict(
+  seed=0,
+  min_numbers=3,
+  max_numbers=4,
+  min_value=1,
+  max_value=9,
+  min_target=10,
+  max_target=40,
+  operations=('+', '-', '*', '/'),
+)
 FIELDS = {
   'shuffled_objects': SHELL,
   'arithmetic': SUMS,
+  'addition': dict(seed=0, min_digits=1, max_digits=3),
+  'countdown': COUNTDOWN,
   'reasoning_gym': dict(seed=0, dataset='chain_sum', dataset_config={'max_digits': 2}),
 }
+MIXED = ('arithmetic', 'countdown', 'shuffled_objects')
 
 
 def make(name, **changes):
   if name == 'reasoning_gym':
     pytest.importorskip('reasoning_gym', reason='the extra `gym` is not installed')
+  if name == 'mixture':  # `changes` are its members'
+    return TASKS[name]({member: (1.0, make(member, **changes)) for member in MIXED})
   return TASKS[name](**(FIELDS[name] | changes))
 
 
@@ -57,12 +72,14 @@ class TestEveryTask:
     other = make(name, seed=1)
     assert [other.example('train', i).problem for i in range(20)] != [e.problem for e in forwards]
     last = task.example('test', 2**31 - 1)
-    assert (last.task, last.split, last.index) == (name, 'test', 2**31 - 1)
+    assert last.task in (MIXED if name == 'mixture' else (name,))
+    assert (last.split, last.index) == ('test', 2**31 - 1)
 
   def test_no_problem_is_in_both_splits_whatever_the_seed(self, name):
     """The spaces are so small that splits by index would share hundreds of problems."""
-    train = {make(name).example('train', i).problem for i in range(1500)}
-    test = {make(name, seed=7).example('test', i).problem for i in range(500)}
+    task, other = make(name), make(name, seed=7)
+    train = {task.example('train', i).problem for i in range(1500)}
+    test = {other.example('test', i).problem for i in range(500)}
     assert len(train) > 500 and len(test) > 50
     assert not train & test
 
@@ -78,7 +95,7 @@ class TestEveryTask:
       make(name).example('train', -1)
 
 
-@pytest.mark.parametrize('name', ['shuffled_objects', 'arithmetic'])
+@pytest.mark.parametrize('name', ['shuffled_objects', 'arithmetic', 'addition'])
 def test_five_thousand_examples_per_second(name):
   task = make(name)
   start = time.process_time()
@@ -94,8 +111,8 @@ def test_one_problem_in_eight_is_for_the_test():
 
 def test_the_streams_do_not_change_between_versions():
   """Every published number rests on these problems: never edit the expected values."""
-  shell, sums = make('shuffled_objects'), make('arithmetic')
-  examples = [task.example(split, 2) for task in (shell, sums) for split in splits.SPLITS]
+  tasks = [make(name) for name in ('shuffled_objects', 'arithmetic', 'addition', 'countdown')]
+  examples = [task.example(split, 2) for task in tasks for split in splits.SPLITS]
   assert [(e.problem, e.solution) for e in examples] == GOLDEN
 
 
@@ -104,6 +121,25 @@ GOLDEN = [
   ('1(01)(24)(01)(14)?', '<think>00.13</think><answer>3</answer>'),
   ('What is 7 + 2 - 1?', '<think>7 + 2 = 9, 9 - 1 = 8</think><answer>8</answer>'),
   ('What is 13 - 0?', '<think>13 - 0 = 13</think><answer>13</answer>'),
+  (
+    'Input:\n1 3 1 + 3 1 6\nTarget:',
+    '\n<scratch>\n1 3 1 + 3 1 6 , C: 0\n3 + 1 , 7 C: 0\n1 + 3 , 4 7 C: 0\n, 4 4 7 C: 0\n'
+    '0 4 4 7\n</scratch>\n4 4 7',
+  ),
+  (
+    'Input:\n8 6 + 2 5\nTarget:',
+    '\n<scratch>\n8 6 + 2 5 , C: 0\n8 + 2 , 1 C: 1\n, 1 1 C: 1\n1 1 1\n</scratch>\n1 1 1',
+  ),
+  (
+    'Using each of the numbers 4, 9, 5, 4 exactly once and the operations +, -, *, /, write an '
+    'expression that equals 30.',
+    '<think>4 * 4 = 16\n5 + 16 = 21\n21 + 9 = 30</think><answer>(5 + (4 * 4)) + 9</answer>',
+  ),
+  (
+    'Using each of the numbers 5, 9, 7, 8 exactly once and the operations +, -, *, /, write an '
+    'expression that equals 19.',
+    '<think>9 + 8 = 17\n7 + 17 = 24\n24 - 5 = 19</think><answer>(7 + (9 + 8)) - 5</answer>',
+  ),
 ]
 
 

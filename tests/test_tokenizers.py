@@ -1,6 +1,7 @@
 """Round trips, control strings, sentencepiece training, and the digits of the GGUF tokenizer."""
 
 import importlib.util
+import io
 import json
 import pickle
 import sys
@@ -114,6 +115,19 @@ def test_save_and_load(backends, name, tmp_path):
   assert pickle.loads(pickle.dumps(tok)).fingerprint == tok.fingerprint
 
 
+@pytest.mark.parametrize('changed', ['add_dummy_prefix', 'remove_extra_whitespaces', 'nfkc'])
+def test_verbatim(backends, changed):
+  assert backends['bpe'].verbatim and backends['unigram'].verbatim and backends['char'].verbatim
+  options = {'add_dummy_prefix': False, 'remove_extra_whitespaces': False}
+  options['normalization_rule_name'] = 'nfkc' if changed == 'nfkc' else 'identity'
+  options |= {changed: True} if changed in options else {}
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(SUMS), model_writer=model, vocab_size=60, minloglevel=2, **options
+  )
+  assert not tokenizers.SentencePiece(model.getvalue()).verbatim
+
+
 def test_fingerprints_differ(backends):
   assert len({tok.fingerprint for tok in backends.values()}) == len(backends)
 
@@ -145,6 +159,15 @@ def test_char_model_of_the_tiny_demonstration():
   assert tok.control_ids == {0, 1, 2, 3}
   with pytest.raises(records.UserError, match=r"vocabulary has no \['9'\].*'3\(01\)9'"):
     tok.encode('3(01)9')
+
+
+@pytest.mark.parametrize('model_type', tokenizers.MODEL_TYPES)
+def test_symbols_may_hold_spaces(model_type):
+  tok = train(SUMS, 330, model_type, False, (' sum of', ' 7'))
+  ids = tok.encode_user('The sum of 7 and 17')
+  assert [tok.id_to_piece(i).replace('\u2581', ' ') for i in ids].count(' sum of') == 1
+  assert len(ids) == len(tok.encode_user('The')) + 2 + len(tok.encode_user(' and 17'))
+  assert tok.decode(ids, skip_special=False) == 'The sum of 7 and 17'
 
 
 def test_sentencepiece_is_deterministic_and_exact():
@@ -218,19 +241,20 @@ def test_build(backends, tmp_path):
   assert '(01)' in {trained.id_to_piece(i) for i in range(trained.vocab_size)}
   trained.save(tmp_path)
   assert build('sentencepiece', tmp_path / 'tokenizer.model', untouched()) == trained
+  assert build('saved', tmp_path, untouched()) == trained
   backends['tokenizer_json'].save(tmp_path / 'hf')
   path = tmp_path / 'hf' / 'tokenizer.json'
   assert build('tokenizer_json', path, untouched()) == backends['tokenizer_json']
 
 
-@pytest.mark.parametrize('kind', ['sentencepiece', 'gguf', 'tokenizer_json'])
+@pytest.mark.parametrize('kind', ['sentencepiece', 'gguf', 'saved', 'tokenizer_json'])
 def test_build_names_a_missing_file(kind):
   with pytest.raises(records.UserError, match='nowhere/tokenizer'):
     build(kind, 'nowhere/tokenizer.file')
 
 
 def test_build_bad_input(tmp_path):
-  with pytest.raises(records.UserError, match="'spm'; choose from bytes, gguf, sentencepiece, tok"):
+  with pytest.raises(records.UserError, match="'spm'; choose from bytes, gguf, saved, sentencep"):
     build('spm')
   (tmp_path / 'text').write_text('text')
   with pytest.raises(records.UserError, match='text is not a sentencepiece model'):

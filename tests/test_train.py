@@ -10,10 +10,9 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from reasonrl import records, rewarding, train
+from reasonrl import checkpoint, records, rewarding, train, types
 from reasonrl.algorithms import grpo
 from reasonrl.configs import common, r1_zero
 
@@ -46,11 +45,6 @@ def tiny():
 def rows_of(workdir, kind):
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [row for row in rows if row['kind'] == kind]
-
-
-def params_of(path):
-  with ocp.StandardCheckpointer() as checkpointer:
-    return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
 
 
 def test_reward_rises_and_the_workdir_is_complete(tmp_path, pool):
@@ -128,6 +122,47 @@ def test_the_loop_refills_until_enough_groups_are_kept(tmp_path, pool, monkeypat
   assert row['tokens'] <= 3 * 4 * config.rl.env.max_completion_length
 
 
+@dataclasses.dataclass(frozen=True)
+class Likely:
+  """A reward that needs the policy: the log-probability of what it wrote."""
+
+  def batch(self, tools, state, experience):
+    logp_BT = tools.score(state['params'], experience)
+    np.testing.assert_allclose(logp_BT, experience.logp_BT, atol=1e-4)
+    logp_R = np.bincount(experience.rollout_B, logp_BT.sum(1)).astype(np.float32)
+    return types.BatchScore(logp_R, {'twice': 2 * logp_R}, None)
+
+
+def test_a_reward_may_use_the_models(tmp_path, pool, monkeypatch):
+  monkeypatch.setitem(train.REWARDS, 'likely', Likely)
+  config = short(rl__steps=1)
+  config.rewards.likely = {'weight': 0.5}
+  assert train.run(config, str(tmp_path / 'run'), pool) == 0
+  for row in rows_of(tmp_path / 'run', 'train') + rows_of(tmp_path / 'run', 'eval'):
+    at = 'eval/sampled/reward' if row['kind'] == 'eval' else 'reward'
+    assert row[f'{at}/likely'] < 0 and row[f'{at}/likely/twice'] == 2 * row[f'{at}/likely']
+    parts = 0.5 * row[f'{at}/likely'] + row[f'{at}/accuracy'] + row[f'{at}/r1_format']
+    assert row[at] == pytest.approx(parts, abs=1e-5)
+
+
+def test_shuffled_rewards_reach_the_advantages_and_no_metric(tmp_path, pool, monkeypatch):
+  monkeypatch.setitem(train.REWARDS, 'likely', Likely)  # one that tells all rollouts apart
+  rows = {}
+  for shuffle in (False, True):
+    config = short(rl__steps=1, rl__shuffle_rewards=shuffle, log__transcripts=16)
+    config.rewards.likely = {'weight': 0.5}
+    workdir = tmp_path / str(shuffle)
+    assert train.run(config, str(workdir), pool) == 0
+    shown = [json.loads(line) for line in (workdir / 'rollouts.jsonl').open()]
+    rows[shuffle] = rows_of(workdir, 'train')[0], [s for s in shown if s['kind'] == 'train']
+  (plain, told), (row, mixed) = rows[False], rows[True]
+  assert row['reward/likely'] == plain['reward/likely']
+  assert row['grad_norm'] != plain['grad_norm']
+  assert [s['completion'] for s in mixed] == [s['completion'] for s in told]
+  rewards = lambda samples: [s['reward'] for s in samples]  # noqa: E731
+  assert rewards(mixed) != rewards(told) and sorted(rewards(mixed)) == sorted(rewards(told))
+
+
 def test_sentinels():
   row = {'finite': 1.0, 'mismatch/max': 9e-5, 'mismatch/mean': 0.0, 'kl': 0.0}
   row['unmasked_tokens'] = 0.0
@@ -146,12 +181,40 @@ def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool)
   config.rl.steps = 1
   config.rl.algorithm = common.algorithm('deepseekmath_grpo')
   config.rl.algorithm.num_iterations = 2
+  config.log.profile_step = 1
   assert train.run(config, str(tmp_path / 'run'), pool) == 0
   phases = [(row['phase'], row['phase_step']) for row in rows_of(tmp_path / 'run', 'eval')]
   assert phases == [('look', 0), ('rl', 1)]
+  assert not list((tmp_path / 'run' / 'phases' / 'look').iterdir())  # it has no parameters to keep
   (row,) = rows_of(tmp_path / 'run', 'train')
   assert row['kl'] < 1e-5  # step 0: the reference is the same parameters
   assert row['mismatch/max'] < 1e-4
+  assert row['timing/rollout_s'] >= row['timing/sample_s'] + row['timing/reward_s']
+  assert list((tmp_path / 'run' / 'profile' / 'rl').rglob('perfetto_trace.json.gz'))
+
+
+def test_a_loop_of_phases_with_averages_and_starts_by_name(tmp_path, pool):
+  config = short(phases=('pretrain', ('rl', 'again', 2)), pretrain__steps=2, rl__steps=1)
+  config.again = common.supervised(learning_rate=1e-2)
+  config.again.update({'steps': 1, 'init': 'pretrain', 'examples_per_step': 8, 'row_length': 64})
+  config.again.optim.ema_decay = 0.5
+  run = tmp_path / 'run'
+  assert train.run(config, str(run), pool) == 0
+  names = {path.name for path in (run / 'phases').iterdir()}
+  assert names == {'pretrain', 'rl-0', 'rl-1', 'again-0', 'again-0-ema', 'again-1', 'again-1-ema'}
+  rows = rows_of(run, 'train')
+  assert [(r['phase'], r['iteration'], r['step']) for r in rows] == [
+    *(('pretrain', 0, 1), ('pretrain', 0, 2), ('rl', 0, 3), ('again', 0, 4)),
+    *(('rl', 1, 5), ('again', 1, 6)),
+  ]
+  first, last, average, start = (
+    jax.tree.leaves(checkpoint.load_params(run / 'phases' / name, None))
+    for name in ('again-0', 'again-1', 'again-1-ema', 'pretrain')
+  )
+  # Both began at `pretrain` and saw other examples; the average of one step is half way.
+  assert any(np.any(a != b) for a, b in zip(first, last, strict=True))
+  for p, e, s in zip(last, average, start, strict=True):
+    np.testing.assert_allclose(e, 0.5 * (p + s), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -208,6 +271,19 @@ def in_phase(workdir, phase, step):
 def finish(process):
   out = process.communicate(timeout=240)[0].decode()
   assert process.returncode == 0, out
+  return out
+
+
+def assert_same_end(run, other):
+  plain = lambda workdir: [  # noqa: E731
+    {k: v for k, v in row.items() if not k.startswith('timing/')} for row in lines(workdir)
+  ]
+  assert plain(run) == plain(other)
+  assert (run / 'rollouts.jsonl').read_bytes() == (other / 'rollouts.jsonl').read_bytes()
+  for phase in ('pretrain', 'rl'):
+    ours, theirs = (checkpoint.load_params(each / 'phases' / phase, None) for each in (run, other))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      np.testing.assert_array_equal(a, b)
 
 
 def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
@@ -226,17 +302,37 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     out = process.communicate(timeout=60)[0].decode()
     # A polite signal saves and leaves with the shell's code for it.
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), out
-  finish(start(killed))
+  # The newest checkpoint is damaged as well: the one before it takes its place.
+  newest = max((killed / 'checkpoints').glob('0*'))
+  max(newest.rglob('*'), key=lambda file: file.stat().st_size).write_bytes(b'')
+  assert f'checkpoint {int(newest.name)} is damaged' in finish(start(killed))
 
-  plain = lambda workdir: [  # noqa: E731
-    {k: v for k, v in row.items() if not k.startswith('timing/')} for row in lines(workdir)
-  ]
-  assert plain(killed) == plain(whole)
-  assert (killed / 'rollouts.jsonl').read_bytes() == (whole / 'rollouts.jsonl').read_bytes()
-  for phase in ('pretrain', 'rl'):
-    ours, theirs = (params_of(run / 'phases' / phase) for run in (killed, whole))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-      np.testing.assert_array_equal(a, b)
+  assert_same_end(killed, whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tmp_path):
+  whole, small = tmp_path / 'whole', tmp_path / 'disk' / 'run'
+  finish(start(whole))
+  small.parent.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=2M', 'tmpfs', small.parent]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('needs the right to mount a file system')
+  try:
+    process = start(small)
+    out = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 1, out
+    last = out.splitlines()[-1]
+    assert last.startswith('error: No space left on device') and '--workdir goes on' in last
+    subprocess.run(['mount', '-o', 'remount,ro', small.parent], check=True)
+    process = start(small)
+    out = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 2 and 'cannot write to workdir' in out.splitlines()[-1], out
+    subprocess.run(['mount', '-o', 'remount,rw,size=50M', small.parent], check=True)
+    finish(start(small))
+    assert_same_end(small, whole)
+  finally:
+    subprocess.run(['umount', small.parent], check=True)
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -269,11 +365,14 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(tmp_path):
     ('models.policy.weights', 'missing.gguf', 'missing.gguf'),
     ('rl.optim.weight_decay', ((r'scale', 0.0),), 'covered by none'),
     ('log.every', 0, 'log.every=0 must be at least 1'),
+    ('rl.prompts_per_step', 0, 'rl.prompts_per_step=0 must be at least 1'),
+    ('evaluation.env.num_generations', 0, 'num_generations=0 must be at least 1'),
     ('models.policy.param_dtype', 'bfloat16', 'train float32 parameters'),
     ('rl.algorithm.num_minibatches', 1000, 'num_minibatches=1000 is more than'),
     ('pretrain.init', 'rl', 'an earlier phase .there is none.'),
     ('phases', (('pretrain', 'rl'),), 'must end in how often it is repeated'),
     ('task.num_swaps', 1, 'only .* different test problems'),
+    ('task', common.countdown(), 'examples of countdown need the reward countdown'),
   ],
 )
 def test_bad_input_stops_at_start_with_one_clear_line(tmp_path, pool, field, value, says):

@@ -104,6 +104,42 @@ def test_concatenate_keeps_threads_of_a_rollout_together():
   np.testing.assert_array_equal(joined.group_B, [0, 0, 0, 4, 4, 5, 5, 5, 9, 9])
 
 
+def test_concatenate_fills_what_only_some_have():
+  # A named part of a reward, and credit per token, may be missing from one of two rollouts.
+  first = sample(parts={'accuracy': np.zeros(4, np.float32), 'accuracy/extra': np.ones(4)})
+  second = dataclasses.replace(sample(), reward_BT=np.ones((4, 5), np.float32))
+  joined = types.concatenate([first, second])
+  np.testing.assert_array_equal(joined.parts['accuracy/extra'], [1.0] * 4 + [np.nan] * 4)
+  assert joined.parts['accuracy'].shape == (8,)
+  np.testing.assert_array_equal(joined.reward_BT.sum(1), [0.0] * 4 + [5.0] * 4)
+  assert types.concatenate([first, first]).reward_BT is None
+
+
+def test_rewards_add_up_and_nan_means_that_none_applies():
+  values = np.float32([[1.0, np.nan, 0.5, np.nan], [0.5, 2.0, np.nan, np.nan]])
+  dense = np.ones((4, 5), np.float32)
+  scores = [
+    types.BatchScore(values[0], {'a': values[0]}, None),
+    types.BatchScore(values[1], {'b': values[1], 'b/x': values[0]}, dense),
+  ]
+  got = types.rewarded(sample(), scores)
+  np.testing.assert_array_equal(got.reward_R, np.float32([1.5, 2.0, 0.5, np.nan]))
+  assert list(got.parts) == ['a', 'b', 'b/x'] and got.reward_R.dtype == np.float32
+  np.testing.assert_array_equal(got.reward_BT, dense)
+  np.testing.assert_array_equal(types.rewarded(sample(), [scores[1]] * 2).reward_BT, 2 * dense)
+  assert types.rewarded(sample(), scores[:1]).reward_BT is None
+
+
+def test_token_rewards_lie_on_the_completion():
+  whole = sample((1.0, 0.0), (0, 0), (1, 3))  # prompts of two tokens
+  got = types.token_rewards(whole, [None, np.float32([1, 2, 3])])
+  np.testing.assert_array_equal(got, [[0, 0, 0, 0, 0], [0, 0, 1, 2, 3]])
+  # A rollout of two rows: its values run on from the first row into the second.
+  two = types.take_rows(sample((1.0,), (0,), (2,)), np.array([0, 0]))
+  got = types.token_rewards(two, [np.float32([1, 2, 3, 4])])
+  np.testing.assert_array_equal(got, [[0, 0, 1, 2], [0, 0, 3, 4]])
+
+
 @pytest.mark.parametrize(
   'field, value',
   [('temperature', -0.1), ('top_k', -1), ('top_p', 0.0), ('top_p', 1.1), ('stop_ids', ())],

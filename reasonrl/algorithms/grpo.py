@@ -72,11 +72,16 @@ class GRPO:
     return np.ones(np.unique(experience.group_B).size, bool)
 
   def advantages(self, experience: types.Experience) -> np.ndarray:
-    """One advantage per rollout, the same on each of its tokens: float32 [B, T]."""
-    first_row_R = np.unique(experience.rollout_B, return_index=True)[1]
+    """One advantage per rollout, the same on each of its tokens: float32 [B, T].
+
+    Raises:
+      UserError: a reward gave credit to single tokens, which this algorithm would not use.
+    """
+    if experience.reward_BT is not None:
+      raise records.UserError('a reward gives credit per token, which grpo does not use')
     adv_R = rl_math.group_advantages(
       experience.reward_R,
-      experience.group_B[first_row_R],
+      experience.group_R,
       self.scale_rewards,
       self.std_ddof,
       self.advantage_eps,

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from reasonrl import records, sharding, types
+from reasonrl import records, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SingleTurn:
     """Samples num_generations completions of each of the next prompts and scores them."""
     examples, G = tools.examples(), self.num_generations
     prompts = [tools.render(example) for example in examples]
-    longest = sharding.agree(max(map(len, prompts)))
-    tokens_PT = np.zeros((len(prompts), types.padded(longest)), np.int32)
+    longest = types.padded(max(map(len, prompts)))
+    tokens_PT = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(tokens_PT, prompts, strict=True):
       row[: len(prompt)] = prompt
     prompt_R = np.repeat(np.arange(len(prompts), dtype=np.int32), G)
@@ -44,17 +44,7 @@ class SingleTurn:
     stop_ids = tuple(tools.tokenizer.eos_ids)
     spec = types.Spec(self.temperature, self.top_k, self.top_p, stop_ids)
     samples = tools.generate(state['params'], requests, spec, self.slots)
-    examples_R = tuple(examples[p] for p in prompt_R)
-    completions = tuple(self._completion(tools, samples, r) for r in range(prompt_R.size))
-    scores = tools.reward(examples_R, completions, prompt_R)
-    reward_BT = None
-    if scores.token_values is not None:
-      reward_BT = np.zeros(samples.tokens_RS.shape, np.float32)
-      for r, values in enumerate(scores.token_values):
-        if values is not None:
-          start = samples.prompt_length_R[r]
-          reward_BT[r, start : start + len(values)] = values
-    return types.Experience(
+    experience = types.Experience(
       tokens_BT=samples.tokens_RS,
       prompt_length_B=samples.prompt_length_R,
       length_B=samples.length_R,
@@ -64,13 +54,14 @@ class SingleTurn:
       version_B=np.full(prompt_R.size, state['version'], np.int32),
       group_B=prompt_R,
       rollout_B=np.arange(prompt_R.size, dtype=np.int32),
-      reward_R=scores.value,
-      parts=scores.parts,
-      reward_BT=reward_BT,
+      reward_R=np.full(prompt_R.size, np.nan, np.float32),
+      parts={},
+      reward_BT=None,
       scores={},
-      examples=examples_R,
-      completions=completions,
+      examples=tuple(examples[p] for p in prompt_R),
+      completions=tuple(self._completion(tools, samples, r) for r in range(prompt_R.size)),
     )
+    return tools.reward(state, experience)
 
   def _completion(self, tools, samples, r) -> records.Completion:
     start, end = samples.prompt_length_R[r], samples.length_R[r]

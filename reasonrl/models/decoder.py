@@ -9,7 +9,7 @@ Parameters are a plain nested dict with one subtree per layer, whatever the plat
 `scan_layers` they are stacked at trace time. Weights are [out, in].
 
 Flax Linen declares parameters (name, shape, initialiser) in `_Block` and does nothing else.
-Left out on purpose: dropout, mutable collections, scaled rotary positions, local rotary bases.
+Left out on purpose: dropout and mutable collections.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from reasonrl import ops, records
+from reasonrl.models import rope
 
 ACTIVATIONS = {
   'silu': jax.nn.silu,
@@ -36,16 +37,6 @@ def rms_norm(x, scale, eps: float, plus_one: bool):
   x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
   scale = scale.astype(jnp.float32) + (1.0 if plus_one else 0.0)
   return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
-
-
-def rotary(x_BTHC, positions_BT, theta: float):
-  """Rotary positions (arXiv 2104.09864), half-split layout: (x_i, x_{i + C/2}) is a pair."""
-  half = x_BTHC.shape[-1] // 2
-  frequency = jnp.asarray(theta, jnp.float32) ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
 
 
 def visible(positions_BT, segments_BT, window: int | None):
@@ -84,11 +75,12 @@ class _Block(nn.Module):
   cfg: Any
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segments_BT, see_BTS, cache):
+  def __call__(self, x_BTD, positions_BT, segments_BT, see_BTS, rotation, cache):
     cfg = self.cfg
     norm = lambda name: _Norm(cfg, cfg.width, name=name)  # noqa: E731
     h = norm('attn_norm')(x_BTD)
-    h, cache = _Attention(cfg, name='attn')(h, positions_BT, segments_BT, see_BTS, cache)
+    attention = _Attention(cfg, name='attn')
+    h, cache = attention(h, positions_BT, segments_BT, see_BTS, rotation, cache)
     x_BTD = x_BTD + (norm('post_attn_norm')(h) if cfg.post_norms else h)
     h = _Mlp(cfg, name='mlp')(norm('mlp_norm')(x_BTD))
     return x_BTD + (norm('post_mlp_norm')(h) if cfg.post_norms else h), cache
@@ -131,7 +123,7 @@ class _Attention(nn.Module):
   cfg: Any
 
   @nn.compact
-  def __call__(self, h_BTD, positions_BT, segments_BT, see_BTS, cache):
+  def __call__(self, h_BTD, positions_BT, segments_BT, see_BTS, rotation, cache):
     cfg, (B, T, D) = self.cfg, h_BTD.shape
     H, K, C = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     linear = lambda n, name: _Linear(cfg, n * C, D, 1.0, cfg.qkv_bias, name=name)  # noqa: E731
@@ -140,7 +132,7 @@ class _Attention(nn.Module):
     v = linear(K, 'v')(h_BTD).reshape(B, T, K, C)
     if cfg.qk_norm:
       q, k = _Norm(cfg, C, name='q_norm')(q), _Norm(cfg, C, name='k_norm')(k)
-    q, k = rotary(q, positions_BT, cfg.rope_theta), rotary(k, positions_BT, cfg.rope_theta)
+    q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if cache is not None:
       keys = write_cache(cache[0], keys, positions_BT, segments_BT)
@@ -189,6 +181,15 @@ class Decoder:
   sliding_window: int | None
   sliding_window_pattern: int  # every n-th layer sees everything; 0: every layer is windowed
   rope_theta: float
+  rope_scaling: str
+  rope_factor: float | None
+  rope_original_max_position: int | None
+  rope_low_freq_factor: float
+  rope_high_freq_factor: float
+  rope_beta_fast: float
+  rope_beta_slow: float
+  rope_attention_factor: float | None  # None: 0.1 ln(rope_factor) + 1 for 'yarn', else 1
+  rope_local_theta: float | None  # of windowed layers, never scaled; None: as all others
   tied_embeddings: bool
   norm_eps: float
   max_position: int
@@ -237,10 +238,38 @@ class Decoder:
       )
     if self.sliding_window is not None and self.sliding_window < 1:
       raise records.UserError(f'model.sliding_window={self.sliding_window} is not None or >= 1')
+    self._check_rope()
     if self.scan_layers and len({self._window(i) for i in range(self.num_layers)}) > 1:
       raise records.UserError(
         'model.scan_layers needs one attention window for all layers, but sliding_window='
         f'{self.sliding_window} leaves out every {self.sliding_window_pattern}th'
+      )
+
+  def _check_rope(self):
+    if self.rope_scaling not in rope.SCALINGS:
+      raise records.UserError(
+        f'model.rope_scaling={self.rope_scaling!r} is not one of {", ".join(rope.SCALINGS)}'
+      )
+    _, fields = rope.SCALINGS[self.rope_scaling]
+    for name in ('rope_factor', 'rope_original_max_position'):
+      value, wanted = getattr(self, name), name in fields
+      if (value is None) == wanted or (wanted and value < 1):
+        raise records.UserError(
+          f'model.rope_scaling={self.rope_scaling!r} takes {name}='
+          f'{"a number >= 1" if wanted else None}, not {value}'
+        )
+    for low, high in (
+      ('rope_low_freq_factor', 'rope_high_freq_factor'),
+      ('rope_beta_slow', 'rope_beta_fast'),
+    ):
+      if not 0 < getattr(self, low) < getattr(self, high):
+        raise records.UserError(
+          f'model.{low}={getattr(self, low)} is not between 0 and {high}={getattr(self, high)}'
+        )
+    if self.rope_local_theta is not None and self.sliding_window is None:
+      raise records.UserError(
+        f'model.rope_local_theta={self.rope_local_theta} is of windowed layers, but '
+        'sliding_window=None'
       )
 
   def init(self, key) -> dict:
@@ -248,12 +277,12 @@ class Decoder:
     dtype = jnp.dtype(self.param_dtype)
     keys = jax.random.split(key, self.num_layers + 2)
     x, ids = jnp.zeros((1, 1, self.width)), jnp.zeros((1, 1), jnp.int32)
-    see = jnp.ones((1, 1, 1), bool)
+    see, rotation = jnp.ones((1, 1, 1), bool), (jnp.ones((1, 1, 1, self.head_dim // 2)),) * 2
     table = lambda key, std: std * jax.random.normal(key, (self.vocab_size, self.width))  # noqa: E731
     params = {
       'embed': {'weight': table(keys[0], 0.02).astype(dtype)},
       'layers': {
-        self._layer(i): _Block(self).init(keys[i + 2], x, ids, ids, see, None)['params']
+        self._layer(i): _Block(self).init(keys[i + 2], x, ids, ids, see, rotation, None)['params']
         for i in range(self.num_layers)
       },
       'final_norm': _Norm(self, self.width).init(keys[0], x)['params'],
@@ -299,32 +328,34 @@ class Decoder:
     else:
       x = inputs.astype(dtype)
 
-    def see(window):
+    def kind(window):  # what the layers of one window share
+      rotation = rope.rotation(positions_BT, *self._frequencies(window))
       if cache is None:
-        return visible(positions_BT, segments_BT, window)
-      return visible_slots(positions_BT, jax.tree.leaves(cache)[0].shape[-2], window)
+        return visible(positions_BT, segments_BT, window), rotation
+      slots = jax.tree.leaves(cache)[0].shape[-2]
+      return visible_slots(positions_BT, slots, window), rotation
 
-    masks = {window: see(window) for window in {self._window(i) for i in range(self.num_layers)}}
+    kinds = {window: kind(window) for window in {self._window(i) for i in range(self.num_layers)}}
     block = _Block(self).apply
     if self.remat:
       block = jax.checkpoint(block)
     run = self._scanned if self.scan_layers else self._unrolled
-    x, cache = run(block, params['layers'], x, positions_BT, segments_BT, masks, cache)
+    x, cache = run(block, params['layers'], x, positions_BT, segments_BT, kinds, cache)
     norm = params['final_norm']['scale']
     return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
 
-  def _unrolled(self, block, layers, x, positions_BT, segments_BT, masks, cache):
+  def _unrolled(self, block, layers, x, positions_BT, segments_BT, kinds, cache):
     new = []
     for i in range(self.num_layers):
       old = None if cache is None else cache[i]
-      see = masks[self._window(i)]
-      x, kv = block({'params': layers[self._layer(i)]}, x, positions_BT, segments_BT, see, old)
+      kind = kinds[self._window(i)]
+      x, kv = block({'params': layers[self._layer(i)]}, x, positions_BT, segments_BT, *kind, old)
       new.append(kv)
     return x, None if cache is None else tuple(new)
 
-  def _scanned(self, block, layers, x, positions_BT, segments_BT, masks, cache):
+  def _scanned(self, block, layers, x, positions_BT, segments_BT, kinds, cache):
     """lax.scan over stacked layers; the cache rides in the carry (as xs/ys it would be copied)."""
-    (see,) = masks.values()  # one window for all: `__post_init__`
+    (kind,) = kinds.values()  # one window for all: `__post_init__`
     stacked = jax.tree.map(
       lambda *leaves: jnp.stack(leaves), *(layers[self._layer(i)] for i in range(self.num_layers))
     )
@@ -335,7 +366,7 @@ class Decoder:
       old = None
       if cache is not None:
         old = tuple(jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in cache)
-      x, new = block({'params': weights}, x, positions_BT, segments_BT, see, old)
+      x, new = block({'params': weights}, x, positions_BT, segments_BT, *kind, old)
       if cache is not None:
         update = jax.lax.dynamic_update_index_in_dim
         cache = tuple(update(c, n, i, 0) for c, n in zip(cache, new, strict=True))
@@ -347,6 +378,17 @@ class Decoder:
   def _window(self, layer: int) -> int | None:
     n = self.sliding_window_pattern
     return None if n and (layer + 1) % n == 0 else self.sliding_window
+
+  def _frequencies(self, window: int | None):
+    """Rotary frequencies [C/2] and amplitude of a layer with this window."""
+    if window is not None and self.rope_local_theta is not None:
+      return rope.default(self.rope_local_theta, self.head_dim), 1.0
+    scaling, fields = rope.SCALINGS[self.rope_scaling]
+    given = (getattr(self, name) for name in fields)
+    amplitude = self.rope_attention_factor
+    if amplitude is None:
+      amplitude = rope.yarn_amplitude(self.rope_factor) if self.rope_scaling == 'yarn' else 1.0
+    return scaling(self.rope_theta, self.head_dim, *given), amplitude
 
   @staticmethod
   def _layer(i: int) -> str:

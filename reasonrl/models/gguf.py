@@ -41,7 +41,7 @@ def read(path_or_name: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
 
   Returns:
     ({vocab_size, num_layers, width, num_heads, num_kv_heads, head_dim, mlp_width, rope_theta,
-    norm_eps, tied_embeddings, max_position}, parameter tree of the decoder).
+    rope_scaling, norm_eps, tied_embeddings, max_position}, parameter tree of the decoder).
 
   Raises:
     UserError: another architecture, a scaled or partial rotary embedding, missing tensors, or
@@ -100,7 +100,7 @@ def hyperparameters(reader) -> dict[str, Any]:
   head_dim = fields.get('llama.attention.key_length', width // heads)
   scaled = [key for key in fields if key.startswith('llama.rope.scal')]
   if scaled and fields.get('llama.rope.scaling.type') != 'none':
-    raise records.UserError(f'scaled rotary embeddings are not supported ({", ".join(scaled)})')
+    raise records.UserError(f'scaled rotary embeddings are not read ({", ".join(scaled)})')
   rotary = fields.get('llama.rope.dimension_count', head_dim)
   if rotary != head_dim:
     raise records.UserError(f'rotary embedding on {rotary} of {head_dim} channels is not supported')
@@ -113,6 +113,7 @@ def hyperparameters(reader) -> dict[str, Any]:
     'head_dim': head_dim,
     'mlp_width': fields['llama.feed_forward_length'],
     'rope_theta': _decimal(fields.get('llama.rope.freq_base', 10_000.0)),  # the format's default
+    'rope_scaling': 'default',  # others were refused above
     'norm_eps': _decimal(fields['llama.attention.layer_norm_rms_epsilon']),
     'tied_embeddings': 'output.weight' not in shapes,
     'max_position': fields['llama.context_length'],

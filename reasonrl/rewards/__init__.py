@@ -3,12 +3,22 @@
 A reward is a frozen, picklable dataclass called with (example, completion), or with the lists of a
 whole group if its class says `group = True`; it returns a Score or a list of them. It is pure,
 takes linear time and raises on no string. `rewarding.Pool` runs it in a process that can be killed.
+
+A reward that needs the models (a reward model, an information gain) has instead
+
+    batch(tools, state, experience) -> types.BatchScore
+
+and judges all rollouts of an experience in the trainer's process; `tools` and `state` are those of
+the environment ('params', 'ema', 'version'; in training also 'ref' if the algorithm needs it), and
+`tools.score(params, experience)` gives log-probabilities.
 """
 
-from reasonrl.rewards import answer, format
+from reasonrl.rewards import addition, answer, countdown, format
 
 REWARDS = {
   'accuracy': answer.Accuracy,
+  'addition': addition.Addition,
+  'countdown': countdown.Countdown,
   'r1_format': format.R1Format,
   'open_r1_format': format.OpenR1Format,
   'tag_count': format.TagCount,

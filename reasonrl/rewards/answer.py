@@ -63,6 +63,12 @@ def extract_lenient(text: str) -> str | None:
 EXTRACTIONS = {'strict': extract, 'lenient': extract_lenient}
 
 
+def after_thinking(text: str) -> str:
+  """What follows the last </think>; '' if there is none or another <think> follows it."""
+  _, closed, rest = text.rpartition(records.THINK_CLOSE)
+  return rest if closed and records.THINK_OPEN not in rest else ''
+
+
 def _last_boxed(text: str) -> str | None:
   """Content of the \\boxed{ that begins last among those whose brace is closed."""
   text = text[: text.rfind('}') + 1]
@@ -124,9 +130,13 @@ def equal(gold: str, answer: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-  """1 if the completion states the gold answer, else 0; None if the gold has no normal form.
+  """1 if the completion states the gold answer, else 0.
 
-  Its part `extracted` says whether any answer was found (arXiv 2501.12948, accuracy reward).
+  None if the gold has no normal form, or the example is checked by another reward.
+
+  (arXiv 2501.12948, accuracy reward.) Its parts say whether any answer was found (`extracted`), and
+  whether the whole text, read leniently, states the gold answer (`lenient`): what `lenient` has
+  above the reward is right but not in the form that was asked for.
   """
 
   group: ClassVar[bool] = False
@@ -143,14 +153,21 @@ class Accuracy:
 
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
     gold = normalise(example.answer)
-    if gold is None:
+    if gold is None or records.CHECKED_BY in example.meta:
       return records.Score(None, {}, None)
-    text = completion.text
-    if self.after_think:
-      _, closed, text = text.rpartition(records.THINK_CLOSE)
-      if not closed or records.THINK_OPEN in text:
-        text = ''
-    found = EXTRACTIONS[self.extraction](text)
+    found = self._extract(completion)
     stopped = completion.stop == records.Stop.EOS or not self.require_stop
     right = stopped and found is not None and normalise(found) == gold
-    return records.Score(float(right), {'extracted': float(found is not None)}, None)
+    lenient = normalise(extract_lenient(completion.text) or '') == gold
+    parts = {'extracted': float(found is not None), 'lenient': float(lenient)}
+    return records.Score(float(right), parts, None)
+
+  def answer(self, completion: records.Completion) -> str | None:
+    """What the completion votes for: equal answers are equal strings. None: it has no answer."""
+    if self.require_stop and completion.stop != records.Stop.EOS:
+      return None
+    return normalise(self._extract(completion) or '')
+
+  def _extract(self, completion: records.Completion) -> str | None:
+    text = after_thinking(completion.text) if self.after_think else completion.text
+    return EXTRACTIONS[self.extraction](text)

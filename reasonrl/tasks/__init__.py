@@ -2,13 +2,23 @@
 
 A task is a frozen dataclass with a field `seed`, a method `example(split, index) -> Example` (a
 pure function of the fields, the split and the index) and `symbols`, the strings that a tokenizer
-trained for it keeps whole. `splits` keeps train and test apart.
+trained for it keeps whole. `splits` keeps train and test apart. A `mixture` is made of such tasks.
 """
 
-from reasonrl.tasks import arithmetic, reasoning_gym, shuffled_objects
+from reasonrl.tasks import (
+  addition,
+  arithmetic,
+  countdown,
+  mixture,
+  reasoning_gym,
+  shuffled_objects,
+)
 
 TASKS = {
   'shuffled_objects': shuffled_objects.ShuffledObjects,
   'arithmetic': arithmetic.Arithmetic,
+  'addition': addition.Addition,
+  'countdown': countdown.Countdown,
+  'mixture': mixture.Mixture,
   'reasoning_gym': reasoning_gym.ReasoningGym,
 }

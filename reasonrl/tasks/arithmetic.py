@@ -12,6 +12,7 @@ Left out on purpose: products, brackets and fractions; reasoning_gym has them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 from reasonrl import records
@@ -81,9 +82,7 @@ class Arithmetic:
   def example(self, split: str, index: int) -> records.Example:
     """Example `index` of `split`; meta: form, num_terms."""
     uniform = splits.generator(self.seed, split, index).random
-
-    def choose(choices):
-      return choices[int(uniform() * len(choices))]
+    choose = functools.partial(splits.choose, uniform)
 
     def problem():
       count = choose(range(self.min_terms, self.max_terms + 1))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from reasonrl import records
@@ -37,6 +37,11 @@ def generator(seed: int, split: str, index: int) -> random.Random:
   if index < 0:
     raise records.UserError(f'index {index} of an example is negative')
   return random.Random(f'{seed}/{split}/{index}')
+
+
+def choose(uniform: Callable[[], float], choices: Sequence[T]) -> T:
+  """One of `choices`, each as likely as any other; `uniform` draws from [0, 1)."""
+  return choices[int(uniform() * len(choices))]
 
 
 def draw(split: str, problem: Callable[[], T], key: Callable[[T], str]) -> T:

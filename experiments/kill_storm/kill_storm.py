@@ -1,0 +1,129 @@
+"""Kills runs at random moments and compares each with a run that nobody disturbed.
+
+  python experiments/kill_storm/kill_storm.py --kills=20
+
+1. For each layout of 8 virtual CPU devices one run goes through undisturbed: pretraining and
+   reinforcement with a reference, two minibatches, evaluations, and a checkpoint every 3 steps.
+   Nothing compiled is kept, so every start compiles.
+2. `kills` runs on one device, and one run on each other layout, are sent SIGKILL (three of four) or
+   SIGTERM at a moment drawn uniformly over the time that the undisturbed run took, then started
+   again with the same command, to the end.
+3. Final parameters of both phases, metrics.jsonl outside timing/ and rollouts.jsonl must be equal,
+   bit for bit. results.json has a row per kill: what the run was doing, and what differs.
+
+Exit code 1 if anything differs.
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from reasonrl import checkpoint, sharding
+
+_KILLS = flags.DEFINE_integer('kills', 20, 'Killed runs on one device.')
+_TO = flags.DEFINE_string('to', 'runs/kill_storm', 'Folder of the runs and of results.json, new.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the moments.')
+
+LAYOUTS = ('1x1x1', '8x1x1', '2x2x2')  # data x fsdp x tensor
+FIELDS = """
+ pretrain.steps=30 pretrain.examples_per_step=16 pretrain.eval_every=10
+ rl.steps=12 rl.prompts_per_step=8 rl.env.num_generations=4 rl.eval_every=4
+ rl.algorithm.num_minibatches=2 rl.algorithm.beta=0.01 evaluation.num_examples=64
+ checkpoint.save_every=3 log.every=1 log.transcripts_every=1 compilation_cache=
+""".split()
+
+
+def start(workdir: pathlib.Path, layout: str) -> subprocess.Popen:
+  """A run on 8 virtual devices, of which the layout uses some; what it prints goes to a log."""
+  mesh = zip(('data', 'fsdp', 'tensor'), layout.split('x'), strict=True)
+  changes = [f'--config.{field}' for field in FIELDS]
+  changes += [f'--config.mesh.{axis}={size}' for axis, size in mesh]
+  env = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+  env |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  command = [sys.executable, '-m', 'reasonrl.main', '--config=configs/r1_zero.py']
+  with open(f'{workdir}.log', 'a') as log:
+    return subprocess.Popen(
+      [*command, f'--workdir={workdir}', *changes], stdout=log, stderr=subprocess.STDOUT, env=env
+    )
+
+
+def finish(workdir: pathlib.Path, layout: str) -> float:
+  """Runs to the end; the seconds that took."""
+  begin = time.monotonic()
+  if start(workdir, layout).wait(timeout=900):
+    raise RuntimeError(f'{workdir} failed: see {workdir}.log')
+  return time.monotonic() - begin
+
+
+def doing(workdir: pathlib.Path) -> str:
+  """What the run was at, by its last words and the files under way."""
+  lines = pathlib.Path(f'{workdir}.log').read_text().split('\n')
+  known = [re.match(r'(\w+ \d+/\d+|\w+: \w+|\w+ ?\w* \.\.\.|report|workdir)', x) for x in lines]
+  said = ([match[1] for match in known if match] or ['starting'])[-1]
+  saving = [p for p in workdir.glob('*/*') if 'orbax-checkpoint-tmp' in p.name]
+  return said + (', saving' if saving else '')
+
+
+def plain_rows(workdir: pathlib.Path) -> list[dict]:
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{k: v for k, v in row.items() if not k.startswith('timing/')} for row in rows]
+
+
+def parameters(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """Path -> array of a tree of parameters, whatever devices saved it."""
+  leaves = jax.tree_util.tree_leaves_with_path(checkpoint.load_params(folder, None))
+  return {sharding.path_of(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+  """What of two finished runs is not the same."""
+  found = []
+  if plain_rows(one) != plain_rows(other):
+    found.append('metrics.jsonl')
+  if (one / 'rollouts.jsonl').read_bytes() != (other / 'rollouts.jsonl').read_bytes():
+    found.append('rollouts.jsonl')
+  for phase in ('pretrain', 'rl'):
+    a, b = (parameters(run / 'phases' / phase) for run in (one, other))
+    if a.keys() != b.keys():
+      found.append(f'{phase}: names')
+    found += [f'{phase}: {path}' for path in a if not np.array_equal(a[path], b[path])]
+  return found
+
+
+def main(_) -> int:
+  to, draw = pathlib.Path(_TO.value), random.Random(_SEED.value)
+  to.mkdir(parents=True)
+  rows = []
+  for layout in LAYOUTS:
+    whole = to / f'{layout}-whole'
+    seconds = finish(whole, layout)
+    print(f'{layout}: undisturbed in {seconds:.0f} s', flush=True)
+    for number in range(_KILLS.value if layout == LAYOUTS[0] else 1):
+      run, process = to / f'{layout}-{number:02}', None
+      moment, kind = draw.uniform(0, seconds), signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
+      process = start(run, layout)
+      time.sleep(moment)
+      process.send_signal(kind)
+      at, code = doing(run), process.wait(timeout=120)
+      finish(run, layout)
+      row = {'layout': layout, 'run': number, 'signal': kind.name, 'after_s': round(moment, 1)}
+      rows.append(row | {'at': at, 'exit_code': code, 'differs': differences(whole, run)})
+      print(json.dumps(rows[-1]), flush=True)
+      (to / 'results.json').write_text(json.dumps(rows, indent=1) + '\n')
+  same = sum(not row['differs'] for row in rows)
+  print(f'{same} of {len(rows)} identical')
+  return int(same < len(rows))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,134 @@
+"""Evaluates what a run has learned, or any weights, on held-out problems.
+
+  python -m reasonrl.evaluate --workdir=runs/a --config.evaluation.env.num_generations=16
+  python -m reasonrl.evaluate --config=configs/r1_zero.py:smollm2 --model=smollm2-135m-instruct
+
+1. The config is that of the run (--workdir) or the one named (--config); --config.x=1 changes it.
+2. Its phases become a single `evaluate` phase, which starts from the parameters that the run kept
+   (of --phase), or from --model: a GGUF file or its name, or a folder of parameters.
+3. `train.run` does the rest, into --to: metrics.jsonl (pass@1 with intervals, greedy and sampled,
+   pass@k, majority@k, lengths, truncation, strict and lenient) and rollouts.jsonl (transcripts).
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import time
+
+import rich.console
+import rich.table
+from absl import flags
+
+from reasonrl import display, logs, main, records
+from reasonrl.configs import common
+
+_PHASE = flags.DEFINE_string('phase', '', 'Which phase of the run; by default the last one.')
+_MODEL = flags.DEFINE_string('model', '', 'Weights to evaluate under --config.')
+_TO = flags.DEFINE_string('to', '', 'Folder of the results; by default a new one.')
+SHOWN = 3  # transcripts on the screen
+LENGTHS = (
+  *('completion_length', 'stopped_length', 'right_length', 'wrong_length', 'think_length'),
+  'truncated',
+)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """main's parser; a run's own config stands in for --config."""
+  at = [i for i, arg in enumerate(argv) if re.match(r'--?workdir(=|$)', arg)]
+  if at and not any(re.match(r'--?config(=|$)', arg) for arg in argv):
+    _, equals, workdir = argv[at[-1]].partition('=')
+    workdir = workdir if equals else ''.join(argv[at[-1] + 1 : at[-1] + 2])
+    argv = [argv[0], f'--config=configs/saved.py:{workdir}', *argv[1:]]
+  return main.parse(argv)
+
+
+def source(workdir: str, phase: str) -> pathlib.Path:
+  """The folder of the parameters that a run kept of a phase, '' for the last.
+
+  Raises:
+    UserError: it kept none, or none of that name.
+  """
+  from reasonrl import export  # here: it imports JAX
+
+  path = pathlib.Path(workdir).expanduser().absolute()
+  kept = export.finished(export.read_config(path), path)
+  if phase and phase not in kept:
+    raise records.UserError(f'--phase={phase!r} is not one of {", ".join(kept)}')
+  return path / 'phases' / (phase or list(kept)[-1])
+
+
+def prepare(config, workdir: str, phase: str, model: str):
+  """The config of the evaluation: one phase that starts from what is to be evaluated."""
+  if bool(workdir) == bool(model):
+    raise records.UserError('give --workdir=FOLDER of a run, or --config=... and --model=WEIGHTS')
+  config = config.copy_and_resolve_references().unlock()
+  config.evaluate = common.evaluate()
+  config.phases = ('evaluate',)
+  if workdir:
+    config.evaluate.init = str(source(workdir, phase))
+    saved = common.tokenizer('saved')
+    saved.path = str(pathlib.Path(workdir).expanduser().absolute() / 'tokenizer')
+    config.tokenizer = saved
+  elif os.path.isdir(model):
+    config.evaluate.init = model
+  else:
+    config.models[config.evaluate.trains].weights = model
+  return config.lock()
+
+
+def table(row: dict) -> rich.table.Table:
+  """One line per metric, one column per mode; a 95 % interval where there is one."""
+  metrics = ['accuracy']
+  for prefix in ('pass@', 'majority@', 'reward/'):
+    start = f'eval/sampled/{prefix}'
+    found = [name.removeprefix(start) for name in row if name.startswith(start)]
+    metrics += [prefix + rest for rest in sorted(found, key=lambda rest: (len(rest), rest))]
+  metrics += LENGTHS
+  out = rich.table.Table('', 'greedy', 'sampled')
+
+  def cell(key):
+    value, low = row.get(key), row.get(f'{key}_low')
+    if value is None or low is None:
+      return '' if value is None else f'{value:.4g}'
+    return f'{value:.3f} [{low:.3f}, {row[f"{key}_high"]:.3f}]'
+
+  for metric in metrics:
+    cells = [cell(f'eval/{mode}/{metric}') for mode in ('greedy', 'sampled')]
+    out.add_row('pass@1' if metric == 'accuracy' else metric, *cells)
+  return out
+
+
+def run(argv: list[str]) -> int:
+  if argv[1:]:
+    raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
+  values = flags.FLAGS
+  if values.config is None:
+    raise records.UserError('give --workdir=FOLDER of a run, or --config=... and --model=WEIGHTS')
+  if values.distributed and not values.to:
+    raise records.UserError('--distributed needs --to, a folder that every host sees')
+  config = prepare(values.config, values.workdir, values.phase, values.model)
+  into = pathlib.Path(values.workdir, 'evaluations') if values.workdir else pathlib.Path('runs')
+  name = pathlib.Path(config.evaluate.init if values.workdir else values.model).stem
+  workdir = values.to or str(into / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}')
+  code = main.start(config, workdir)
+
+  import jax
+
+  from reasonrl import report
+
+  if jax.process_index():
+    return code
+  rows = report.read_rows(pathlib.Path(workdir, logs.METRICS))
+  console = rich.console.Console(highlight=False)
+  if rows:
+    console.print(table(rows[-1]))
+    for sample in report.read_rows(pathlib.Path(workdir, logs.ROLLOUTS))[-SHOWN:]:
+      console.print(display.transcript(sample, console.width))
+    console.print(f'all of it: {workdir}')
+  return code
+
+
+if __name__ == '__main__':
+  main.guarded(run, parse)
