@@ -39,7 +39,7 @@ from typing import Any, TextIO
 
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from reasonrl import logs, main, records
@@ -385,10 +385,4 @@ def launch(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  try:
-    app.run(launch, flags_parser=main.parse)
-  except (records.UserError, flags.Error) as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    sys.exit(130)
+  main.guarded(launch, main.parse)
