@@ -2,12 +2,12 @@
 
   python experiments/kill_storm/kill_storm.py --kills=20
 
-1. For each layout of 8 virtual CPU devices one run goes through undisturbed: pretraining and
+1. For each layout of 8 virtual CPU devices two runs go through undisturbed: pretraining and
    reinforcement with a reference, two minibatches, evaluations, and a checkpoint every 3 steps.
-   Nothing compiled is kept, so every start compiles.
 2. `kills` runs on one device, and one run on each other layout, are sent SIGKILL (three of four) or
-   SIGTERM at a moment drawn uniformly over the time that the undisturbed run took, then started
-   again with the same command, to the end.
+   SIGTERM at a moment drawn uniformly over the time that an undisturbed run takes, then started
+   again with the same command, to the end. Every fifth run compiles anew at each start, the others
+   find what was compiled before, as a user's do.
 3. Final parameters of both phases, metrics.jsonl outside timing/ and rollouts.jsonl must be equal,
    bit for bit. results.json has a row per kill: what the run was doing, and what differs.
 
@@ -39,16 +39,17 @@ FIELDS = """
  pretrain.steps=30 pretrain.examples_per_step=16 pretrain.eval_every=10
  rl.steps=12 rl.prompts_per_step=8 rl.env.num_generations=4 rl.eval_every=4
  rl.algorithm.num_minibatches=2 rl.algorithm.beta=0.01 evaluation.num_examples=64
- checkpoint.save_every=3 log.every=1 log.transcripts_every=1 compilation_cache=
+ checkpoint.save_every=3 log.every=1 log.transcripts_every=1
 """.split()
 
 
-def start(workdir: pathlib.Path, layout: str) -> subprocess.Popen:
+def start(workdir: pathlib.Path, layout: str, cache: str) -> subprocess.Popen:
   """A run on 8 virtual devices, of which the layout uses some; what it prints goes to a log."""
   mesh = zip(('data', 'fsdp', 'tensor'), layout.split('x'), strict=True)
   changes = [f'--config.{field}' for field in FIELDS]
   changes += [f'--config.mesh.{axis}={size}' for axis, size in mesh]
-  env = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+  changes += [f'--config.compilation_cache={cache}']
+  env = {k: v for k, v in os.environ.items() if not k.startswith('JAX_COMPILATION_CACHE')}
   env |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
   command = [sys.executable, '-m', 'reasonrl.main', '--config=configs/r1_zero.py']
   with open(f'{workdir}.log', 'a') as log:
@@ -57,10 +58,10 @@ def start(workdir: pathlib.Path, layout: str) -> subprocess.Popen:
     )
 
 
-def finish(workdir: pathlib.Path, layout: str) -> float:
+def finish(workdir: pathlib.Path, layout: str, cache: str) -> float:
   """Runs to the end; the seconds that took."""
   begin = time.monotonic()
-  if start(workdir, layout).wait(timeout=900):
+  if start(workdir, layout, cache).wait(timeout=900):
     raise RuntimeError(f'{workdir} failed: see {workdir}.log')
   return time.monotonic() - begin
 
@@ -105,18 +106,25 @@ def main(_) -> int:
   to.mkdir(parents=True)
   rows = []
   for layout in LAYOUTS:
-    whole = to / f'{layout}-whole'
-    seconds = finish(whole, layout)
-    print(f'{layout}: undisturbed in {seconds:.0f} s', flush=True)
+    whole, kept = to / f'{layout}-whole', str(to.absolute() / 'cache')
+    times = {'': finish(whole, layout, kept), kept: finish(to / f'{layout}-again', layout, kept)}
+    told = f'{times[""]:.0f} s undisturbed, {times[kept]:.0f} s from the cache'
+    print(f'{layout}: {told}', flush=True)
+    if found := differences(whole, to / f'{layout}-again'):
+      raise RuntimeError(f'two undisturbed runs differ in {found}')
     for number in range(_KILLS.value if layout == LAYOUTS[0] else 1):
       run, process = to / f'{layout}-{number:02}', None
-      moment, kind = draw.uniform(0, seconds), signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
-      process = start(run, layout)
+      cache = kept if number % 5 else ''
+      moment, kind = draw.uniform(0, times[cache]), signal.SIGKILL
+      if number % 4 == 3:
+        kind = signal.SIGTERM
+      process = start(run, layout, cache)
       time.sleep(moment)
       process.send_signal(kind)
       at, code = doing(run), process.wait(timeout=120)
-      finish(run, layout)
+      finish(run, layout, cache)
       row = {'layout': layout, 'run': number, 'signal': kind.name, 'after_s': round(moment, 1)}
+      row['compiles'] = not cache
       rows.append(row | {'at': at, 'exit_code': code, 'differs': differences(whole, run)})
       print(json.dumps(rows[-1]), flush=True)
       (to / 'results.json').write_text(json.dumps(rows, indent=1) + '\n')
