@@ -39,7 +39,7 @@ from typing import Any, TextIO
 
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from reasonrl import logs, main, records
@@ -205,6 +205,7 @@ def pin(slot: int, chips: int) -> dict[str, str]:
     'TPU_PROCESS_BOUNDS': '1,1,1',
     'TPU_PROCESS_ADDRESSES': f'localhost:{PORT + slot}',
     'TPU_PROCESS_PORT': f'{PORT + slot}',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # else the first process locks the others out
   }
 
 
@@ -325,18 +326,18 @@ def last_evaluation(workdir: pathlib.Path) -> dict[str, Any]:
 
 def summarize(to: pathlib.Path, console: rich.console.Console) -> None:
   """summary.json, and a table, of all that was ever attempted in this folder."""
-  rows = []
-  for name, row in last_attempts(to).items():
+  rows, columns = [], dict.fromkeys((*COLUMNS, _METRIC.value))
+  for name, row in sorted(last_attempts(to).items()):
     found = last_evaluation(to / name)
-    rows.append(row | {metric: found.get(metric) for metric in ('step', *COLUMNS)})
+    rows.append(row | {metric: found.get(metric) for metric in ('step', *columns)})
   text = json.dumps(rows, indent=2, ensure_ascii=False)
   (to / 'summary.json').write_text(text + '\n', encoding='utf-8')
   choices = [{'config': row['config']} | row['overrides'] for row in rows]
   fields = dict.fromkeys(field for choice in choices for field in choice)
   fields = [f for f in fields if len({str(choice.get(f)) for choice in choices}) > 1]
-  table = rich.table.Table('trial', *fields, *(c.removeprefix('eval/') for c in COLUMNS), 'exit')
+  table = rich.table.Table('trial', *fields, *(c.removeprefix('eval/') for c in columns), 'exit')
   for row, choice in zip(rows, choices, strict=True):
-    metrics = ['' if row[column] is None else f'{row[column]:.3f}' for column in COLUMNS]
+    metrics = ['' if row[column] is None else f'{row[column]:.3f}' for column in columns]
     chosen = [str(choice.get(field, '')) for field in fields]
     table.add_row(row['trial'], *chosen, *metrics, str(row['exit_code']))
   console.print(table)
@@ -384,10 +385,4 @@ def launch(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  try:
-    app.run(launch, flags_parser=main.parse)
-  except (records.UserError, flags.Error) as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    sys.exit(130)
+  main.guarded(launch, main.parse)

@@ -111,13 +111,14 @@ def test_every_sweep_of_the_repository_is_good(path):
 
 
 def test_chips():
-  # As in JAX's own multi-process tests: two chips of a 2 x 2 host lie along its second axis.
+  # The shapes are those of JAX's own multi-process tests: two chips lie along the second axis.
   assert sweep.pin(1, 2) == {
     'TPU_VISIBLE_CHIPS': '2,3',
     'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,2,1',
     'TPU_PROCESS_BOUNDS': '1,1,1',
     'TPU_PROCESS_ADDRESSES': 'localhost:8477',
     'TPU_PROCESS_PORT': '8477',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   }
 
 
@@ -134,7 +135,7 @@ def get_config(arg=''):
     'seed': 0, 'name': arg, 'do': 'finish', 'x': 0.0, 'rewarding': {'workers': 1, 'timeout_s': 1.0}
   })
 """,
-  # 'wait' ends only when asked to, and finishes when started again
+  # 'wait' ends only when asked to, and finishes when started again; 'save' takes its time
   'reasonrl/train.py': """
 import json, os, pathlib, signal, sys, time
 from reasonrl import records
@@ -149,15 +150,18 @@ def run(config, workdir, pool):
     os.kill(os.getpid(), signal.SIGKILL)
   if config.do == 'crash' or (config.do == 'crash once' and not again):
     raise RuntimeError('broken')
-  if config.do == 'wait' and not again:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  if config.do in ('wait', 'save') and not again:
+    saves = lambda *_: (path / 'saves').open('a').write('x')
+    signal.signal(signal.SIGTERM, saves if config.do == 'save' else lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     (path / 'waits').write_text(str(os.getpid()))
     time.sleep(60)
     raise RuntimeError('never asked to leave')
   accuracy = 1 - (config.x - 0.3) ** 2
   rows = [
     {'step': 0, 'kind': 'eval', 'eval/sampled/accuracy': 0.0},
-    {'step': 1, 'kind': 'eval', 'eval/sampled/accuracy': accuracy, 'eval/greedy/accuracy': 0.5},
+    {'step': 1, 'kind': 'eval', 'eval/sampled/accuracy': accuracy, 'eval/greedy/accuracy': 0.5,
+     'eval/sampled/reward': 2.0},
     {'step': 1, 'kind': 'train'},
   ]
   text = chr(10).join(map(json.dumps, rows)) + chr(10) + '{"half a li'
@@ -224,8 +228,8 @@ def sweep(add):
 
 
 def test_finishes_retries_and_skips(launch):
-  given = ('--max_parallel=2', '--chips_per_trial=1', '--config.rewarding.workers=2')
-  code, out, err = launch(ONE_OF_EACH, *given)
+  given = ('--config.rewarding.workers=2', '--metric=eval/sampled/reward')
+  code, out, err = launch(ONE_OF_EACH, *given, '--max_parallel=2', '--chips_per_trial=1')
   assert code == 1, err
   assert sorted(launch.index()) == [
     *[('bad', 1), ('bad', 1), ('dead', 137), ('dead', 137), ('flaky', 0), ('flaky', 1)],
@@ -243,17 +247,16 @@ def test_finishes_retries_and_skips(launch):
   assert rows['flaky']['config'] == 'configs/toy.py:other'
   table = [line.split('│')[1:-1] for line in out.splitlines() if line.startswith('│ good')]
   name, config, *cells = [cell.strip() for cell in table[0]]
-  assert config.endswith('configs/toy.py')
-  # seed, x, do, metrics, exit code; what all have in common is not shown
-  assert cells == ['1', '0.3', '', '1.000', '0.500', '', '0']
+  # do, seed, x, metrics, exit code; what all have in common is not shown
+  assert cells == ['', '1', '0.3', '1.000', '0.500', '', '2.000', '0']
 
   # Started again: what finished is not, unless it changed or its folder is gone.
   shutil.rmtree(launch.to / 'flaky')
   changed = ONE_OF_EACH.replace("do='crash',", '').replace("do='die'", '').replace('0.3', '0.4')
-  code, out, err = launch(changed, '--retries=0', *given[2:])
+  code, out, err = launch(changed, '--retries=0', *given)
   assert code == 1, err  # flaky is new, so it crashes again
   assert launch.index()[7:] == [('good', 0), ('bad', 0), ('dead', 0), ('flaky', 1)]
-  code, out, err = launch(changed, *given[2:])
+  code, out, err = launch(changed, *given)
   assert launch.index()[11:] == [('flaky', 0)] and code == 0
   assert 'good: finished before' in out
 
@@ -297,6 +300,18 @@ def test_signal_reaches_the_trials_and_the_sweep_goes_on(launch, number, code):
   assert sorted(launch.index()) == [('0', 143), ('1', 143)]
   assert launch(WAITING.replace('range(3)', 'range(2)'))[0] == 0
   assert launch.index()[2:] == [('0', 0), ('1', 0)]
+
+
+def test_second_signal_does_not_wait_for_the_save(launch):
+  process = launch.start("def sweep(add):\n  add(name='slow', do='save')\n")
+  wait_for(launch.to / 'slow' / 'waits')
+  process.terminate()
+  wait_for(launch.to / 'slow' / 'saves')
+  time.sleep(0.3)  # in which it must not be told again
+  process.terminate()
+  process.communicate(timeout=60)
+  assert process.returncode == 143 and launch.index() == [('slow', 130)]
+  assert (launch.to / 'slow' / 'saves').read_text() == 'x'
 
 
 def test_one_sweep_at_a_time_in_a_folder(launch):
@@ -345,39 +360,70 @@ def test_bad_flags_are_one_line(launch, text, given, said):
 
 SEARCH = """
 def search(trial):
-  return {'x': trial.suggest_float('x', 0, 1), 'do': trial.suggest_categorical('do', ['finish'])}
+  return {'x': trial.suggest_float('x', 0, 1), 'do': WHAT.get(trial.number, 'finish')}
 """
 
 
-def test_search_goes_on_from_what_it_knows(launch):
+def open_study(launch):
   optuna = pytest.importorskip('optuna')
-  code, out, err = launch(SEARCH, '--trials=4', '--max_parallel=2')
-  assert code == 0, err
-  assert sorted(launch.index()) == [(f'{i:04}', 0) for i in range(4)]
   log = optuna.storages.journal.JournalFileBackend(str(launch.to / 'optuna.log'))
   storage = optuna.storages.JournalStorage(log)
-  study = optuna.load_study(storage=storage, study_name='eval/sampled/accuracy')
+  return optuna.load_study(storage=storage, study_name='eval/sampled/accuracy')
+
+
+def test_search_goes_on_from_what_it_knows(launch):
+  pytest.importorskip('optuna')
+  text = 'WHAT = {}' + SEARCH
+  code, out, err = launch(text, '--trials=4', '--max_parallel=2')
+  assert code == 0, err
+  assert sorted(launch.index()) == [(f'{i:04}', 0) for i in range(4)]
+  study = open_study(launch)
   for trial in study.trials:
     assert trial.value == pytest.approx(1 - (trial.params['x'] - 0.3) ** 2)
+  assert study.best_value == max(trial.value for trial in study.trials)
   # A trial that was under way when the machine died is drawn again, and so is its folder.
   lost = study.ask()
   lost.set_user_attr('name', 'lost')
   value = lost.suggest_float('x', 0, 1)
-  code, out, err = launch(SEARCH, '--trials=6')
+  code, out, err = launch(text, '--trials=6')
   assert [name for name, _ in launch.index()[4:]] == ['lost', '0006']
   assert study.trials[5].params['x'] == value and len(study.trials) == 7
   assert len({trial.params['x'] for trial in study.trials}) == 6  # drawn once, but for the lost one
+  # One whose run had finished is only asked how it went.
+  study.enqueue_trial(study.trials[0].params, user_attrs={'name': '0000'})
+  launch(text, '--trials=7')
+  assert len(launch.index()) == 6 and study.trials[7].value == study.trials[0].value
 
 
-def test_search_without_the_metric(launch):
+def test_search_outlives_a_crash_and_a_signal(launch):
   pytest.importorskip('optuna')
-  code, out, err = launch(SEARCH, '--metric=eval/acuracy')
-  assert code == 2
-  assert "0000 has no 'eval/acuracy'; it has eval/sampled/accuracy, eval/greedy/accuracy\n" in err
+  text = "WHAT = {0: 'crash', 1: 'wait'}" + SEARCH
+  process = launch.start(text, '--trials=2', '--retries=0')
+  wait_for(launch.to / '0001' / 'waits')
+  process.terminate()
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 143 and launch.index() == [('0000', 1), ('0001', 143)]
+  assert launch(text.replace('1:', '2:'), '--trials=1')[0] == 0
+  assert launch.index()[2:] == [('0001', 0)]
+  states = [trial.state.name for trial in open_study(launch).trials]
+  assert states == ['FAIL', 'FAIL', 'COMPLETE']
+
+
+def test_search_without_the_metric_leaves_no_trial_behind(launch):
+  pytest.importorskip('optuna')
+  text = "WHAT = {1: 'wait'}" + SEARCH
+  for _ in range(2):  # the second is not refused: no trial holds the lock
+    code, out, err = launch(text, '--metric=eval/acuracy', '--max_parallel=2')
+    assert code == 2
+    assert re.fullmatch(
+      r"error: 000\d has no 'eval/acuracy'; it has eval/sampled/accuracy, eval/greedy/accuracy, "
+      r'eval/sampled/reward\n',
+      err,
+    )
 
 
 def test_search_without_optuna(launch):
   (launch.cwd / 'optuna.py').write_text("raise ImportError('no optuna')")
-  code, out, err = launch(SEARCH)
+  code, out, err = launch('WHAT = {}' + SEARCH)
   assert code == 2
   assert err == "error: search needs a package (no optuna): pip install 'reasonrl[sweep]'\n"
