@@ -1,6 +1,6 @@
 """Many trials of reasonrl.main from one description.
 
-  python experiments/sweep.py --config=configs/r1_zero.py --to=runs/seeds --max_parallel=2 \
+  python experiments/sweep.py --config=configs/r1_zero.py --to=runs/r1_zero_shuffled_objects --max_parallel=2 \
     --sweep=experiments/r1_zero_shuffled_objects/sweep.py
 
 1. The sweep file is plain Python. `def sweep(add)` lists its trials: it calls
