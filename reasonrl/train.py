@@ -19,6 +19,7 @@ import functools
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -258,7 +259,7 @@ def run(config, workdir: str, pool) -> int:
     display.Display(config.log.every, leader) as screen,
   ):
     try:
-      return run_phases(parts, flat, held_out, path, store, metrics, screen)
+      return run_phases(Run(parts, flat, held_out, path, store, metrics, screen))
     except checkpoint.Stopped as stopped:
       screen.note(f'{stopped}; the same command with --workdir={path} goes on from here')
       return stopped.code
@@ -287,32 +288,45 @@ def trace(folder):
     yield
 
 
-def run_phases(parts, flat, held_out, path, store, metrics, screen) -> int:
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What is open while phases run."""
+
+  parts: wiring.Parts
+  flat: list[tuple[str, int]]  # (phase, iteration), in order
+  held_out: Callable  # see `tooling.make_held_out`
+  path: pathlib.Path
+  store: checkpoint.Checkpoints
+  metrics: logs.Metrics
+  screen: display.Display
+
+
+def run_phases(run: Run) -> int:
   """Finds the newest checkpoint and runs the phases from there; returns 0."""
+  parts, flat, path, screen = run.parts, run.flat, run.path, run.screen
   last = path / 'phases' / wiring.kept_name(flat, len(flat) - 1)
   if sharding.same(int(last.is_dir()), f'whether {last} exists'):
     screen.note(f'{path} is finished')
     return 0
   target_of = lambda at: parts.phases[flat[at['index']][0]].learner.abstract()  # noqa: E731
-  newest = store.newest(target_of, screen.note)
+  newest = run.store.newest(target_of, screen.note)
   at = newest[2] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
-  metrics.truncate(at['offsets'])
+  run.metrics.truncate(at['offsets'])
   if newest and at['tokenizer'] != parts.tokenizer.fingerprint:
     raise records.UserError(f'{path}/tokenizer is not the tokenizer of checkpoint {newest[0]}')
   best = at['best']
   for index in range(at['index'], len(flat)):
     resume, newest = newest, None
-    best = run_phase(parts, flat, index, resume, best, held_out, path, store, metrics, screen)
+    best = run_phase(run, index, resume, best)
   return 0
 
 
-def run_phase(
-  parts, flat, index, resume, best, held_out, path, store, metrics, screen
-) -> float:
-  """One phase, from its start or from a checkpoint `resume` = (step of the run, state, host item).
+def run_phase(run: Run, index: int, resume, best: float) -> float:
+  """Phase `index`, from its start or from a checkpoint (step of the run, state, host item).
 
   Returns the best held-out greedy accuracy so far.
   """
+  parts, flat, path, metrics, screen = run.parts, run.flat, run.path, run.metrics, run.screen
   config, (name, iteration) = parts.config, flat[index]
   phase = parts.phases[name]
   section, student = phase.section, phase.learner
@@ -378,7 +392,7 @@ def run_phase(
     flush()
     host = {'index': index, 'step': step, 'data': position, 'evaluated': evaluated, 'best': best}
     host |= {'offsets': metrics.offsets(), 'tokenizer': parts.tokenizer.fingerprint}
-    store.save(before + step, state, host)
+    run.store.save(before + step, state, host)
 
   for step in range(start, section.steps + 1):
     try:
@@ -389,7 +403,7 @@ def run_phase(
       if (last or due or index == step == 0) and not evaluated:
         flush()
         screen.status('evaluating')
-        row, samples = held_out(phase, state, step, tally)
+        row, samples = run.held_out(phase, state, step, tally)
         best = max(best, row['eval/greedy/accuracy'])
         counts = settle(step)
         row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}
