@@ -1,5 +1,6 @@
 """Every config loads, is locked, and takes two steps of each phase at smoke size."""
 
+import ast
 import dataclasses
 import importlib.util
 import pathlib
@@ -80,6 +81,32 @@ def test_every_member_of_every_table_has_a_preset():
   for section in tasks:
     fields_of = fields(train.TASKS[section.name])
     assert fields_of | {'name'} == set(section), section.name
+
+
+def defaults_of_their_own(source):
+  """Lines that read a config field with a default: config.get('x', 1), getattr(section, 'x', 1)."""
+  found = []
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Call):
+      get = isinstance(node.func, ast.Attribute) and node.func.attr in ('get', 'pop', 'setdefault')
+      named = isinstance(node.func, ast.Name) and node.func.id == 'getattr'
+      of = node.func.value if get else node.args[0] if named else None
+      name = of and ast.unparse(of).split('.')[-1].split('[')[0]
+      if name in ('config', 'cfg', 'section') and len(node.args) == (3 if named else 2):
+        found.append(ast.unparse(node))
+  return found
+
+
+def test_defaults_are_in_the_configs_alone():
+  bad = ["cfg.get('x', 1)", "parts.config['rl'].get('y', 2)", "getattr(section, 'x', None)"]
+  assert defaults_of_their_own('\n'.join(bad)) == bad
+  assert defaults_of_their_own("row.get('x', 1)\ncfg.get('x')") == []
+  root = pathlib.Path(train.__file__).parent
+  # A config.json of others is no config of ours.
+  paths = [path for path in root.rglob('*.py') if path.name != 'huggingface.py']
+  assert {path.name: defaults_of_their_own(path.read_text()) for path in paths} == {
+    path.name: [] for path in paths
+  }
 
 
 def test_an_unknown_variant_lists_the_choices():
