@@ -212,6 +212,18 @@ def mixture(**members: tuple[float, ConfigDict]) -> ConfigDict:
   return ConfigDict({'name': 'mixture', 'members': sections})
 
 
+def reasoning_gym(dataset: str) -> ConfigDict:
+  """A data set of the package reasoning-gym (arXiv 2505.24760), extra `gym`."""
+  return ConfigDict(
+    {
+      'name': 'reasoning_gym',
+      'seed': 0,
+      'dataset': dataset,  # one of tasks.reasoning_gym.DATASETS
+      'dataset_config': {},  # its own fields, such as {'min_terms': 3}
+    }
+  )
+
+
 def rewards(**weights: float) -> ConfigDict:
   """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
   fields = {

@@ -1,7 +1,7 @@
 """Many trials of reasonrl.main from one description.
 
-  python experiments/sweep.py --config=configs/r1_zero.py --to=runs/seeds --max_parallel=2 \
-    --sweep=experiments/r1_zero_shuffled_objects/sweep.py
+  python experiments/sweep.py --config=configs/r1_zero.py --to=runs/r1_zero_shuffled_objects \
+    --sweep=experiments/r1_zero_shuffled_objects/sweep.py --max_parallel=2
 
 1. The sweep file is plain Python. `def sweep(add)` lists its trials: it calls
    `add(**{'seed': 1, 'rl.env.num_generations': 2})` for each; the keys are config fields, `name=`

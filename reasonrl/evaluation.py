@@ -48,22 +48,22 @@ def pass_at_k(n: int, c, k: int) -> np.ndarray:
   return 1 - np.maximum(factors, 0.0).prod(1)  # fewer than k wrong ones: some factor is <= 0
 
 
-def majority(answers, right_K) -> float:
-  """1 if the largest group of equal answers is right, else 0 (self-consistency, arXiv 2203.11171).
+def majority(votes, right) -> float:
+  """1 if the largest group of equal votes is right, else 0 (self-consistency, arXiv 2203.11171).
 
-  A tie goes to the group whose first member comes first; None is no answer and has no vote.
+  A tie goes to the group whose first member comes first; 0 is no vote.
   """
-  votes = collections.Counter(answer for answer in answers if answer is not None)
-  if not votes:
+  counts = collections.Counter(vote for vote in votes if vote)
+  if not counts:
     return 0.0
-  winner = votes.most_common(1)[0][0]  # of equal counts the one first met
-  return float(right_K[list(answers).index(winner)])
+  winner = counts.most_common(1)[0][0]  # of equal counts the one first met
+  return float(right[list(votes).index(winner)])
 
 
-def votes(answers, right_N, k: int) -> float:
+def majorities(votes, right, k: int) -> float:
   """Mean of `majority` over the blocks of k consecutive samples; what is left over is not used."""
-  starts = range(0, len(answers) - k + 1, k)
-  return float(np.mean([majority(answers[i : i + k], right_N[i : i + k]) for i in starts]))
+  starts = range(0, len(votes) - k + 1, k)
+  return float(np.mean([majority(votes[i : i + k], right[i : i + k]) for i in starts]))
 
 
 def paired_gain(before, after) -> tuple[float, float, float]:
@@ -112,13 +112,12 @@ def right(experience: types.Experience, correct: str) -> np.ndarray:
 
 
 def outcomes(
-  experience: types.Experience, tokenizer, prefill: str, correct: str, answer=None
+  experience: types.Experience, tokenizer, prefill: str, correct: str, vote=None
 ) -> dict[str, np.ndarray]:
   """What the metrics are made of: one number per rollout in every column, of all processes.
 
   Groups are renumbered so that the order of the problems is that of the data, whose n-th problem
-  process n mod count has. `correct`: see `Evaluation`. `answer`: (example, completion) -> what it
-  votes for, a column if it is given.
+  process n mod count has. `correct`: see `Evaluation`. `vote`: see `evaluate`.
   """
   completions = experience.completions
   sampled_R = np.bincount(experience.rollout_B, experience.mask_BT.sum(1))
@@ -132,8 +131,8 @@ def outcomes(
     'stop': [int(c.stop) for c in completions],
     'unmasked_tokens': [c.num_tokens - n for c, n in zip(completions, sampled_R, strict=True)],
   }
-  if answer is not None:
-    mine['answer'] = [answer(*p) for p in zip(experience.examples, completions, strict=True)]
+  if vote is not None:
+    mine['vote'] = vote(experience)
   every = sharding.gather({name: np.asarray(column).tolist() for name, column in mine.items()})
   for process, table in enumerate(every):
     table['group'] = [g * len(every) + process for g in table['group']]
@@ -179,12 +178,12 @@ def transcripts(experience: types.Experience, adv_BT, count: int, correct: str) 
   return out
 
 
-def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, answer) -> tuple[dict, dict]:
+def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tuple[dict, dict]:
   """Greedy and sampled results on the same test examples.
 
   Args:
-    answer: (example, completion) -> the answer it votes for, or None, for majority@k; None: there
-      is no vote.
+    vote: experience -> [R], equal numbers for equal answers to a problem and 0 for none, for
+      majority@k; None: there is no vote.
 
   Returns:
     metrics: 'eval/{greedy,sampled}/{accuracy, accuracy_low, accuracy_high, ...}', and 'outcomes',
@@ -195,7 +194,7 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, answer) -> t
   greedy = {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
   for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
     experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
-    table = outcomes(experience, tools.tokenizer, tools.prefill, cfg.correct, answer)
+    table = outcomes(experience, tools.tokenizer, tools.prefill, cfg.correct, vote)
     right_R = table['right']
     right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
@@ -219,9 +218,9 @@ def _of_several(table, right_R) -> dict[str, float]:
   found, k = {}, 2
   while k <= n:
     found[f'pass@{k}'] = float(pass_at_k(n, right_PN.sum(1), k).mean())
-    if 'answer' in table:
-      answers = [table['answer'][rows[:n]].tolist() for rows in members]
-      each = [votes(a, r, k) for a, r in zip(answers, right_PN, strict=True)]
+    if 'vote' in table:
+      ballots = [table['vote'][rows[:n]].tolist() for rows in members]
+      each = [majorities(v, r, k) for v, r in zip(ballots, right_PN, strict=True)]
       found[f'majority@{k}'] = float(np.mean(each))
     k *= 2
   return found

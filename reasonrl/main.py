@@ -49,9 +49,8 @@ def find_config(given: str) -> str:
     print(f'config: {found}')
     return f'{found}{colon}{arg}'
   names = sorted({file.name for file in folder.glob('*.py')} - {'__init__.py', 'common.py'})
-  raise records.UserError(
-    f'--config: no file {path!r}; there are ' + ', '.join(f'configs/{name}' for name in names)
-  )
+  wrong = f'--config: no file {path!r}' if path else 'give --config=FILE'
+  raise records.UserError(f'{wrong}; there are ' + ', '.join(f'configs/{name}' for name in names))
 
 
 def check_overrides(argv: list[str], given: str) -> None:

@@ -13,6 +13,7 @@ import time
 import jax
 
 from reasonrl import evaluation, learner, records, sampling, sharding, types, wiring
+from reasonrl.rewards import votes
 
 
 @contextlib.contextmanager
@@ -122,14 +123,19 @@ def distinct_examples(task, split: str, count: int) -> list[records.Example]:
 
 
 def voter(parts: wiring.Parts, examples):
-  """(example, completion) -> the answer it votes for; None if a reward here knows no answers."""
-
-  def deciding(example):
-    return parts.rewards[example.meta.get(records.CHECKED_BY, parts.evaluation.correct)][0]
-
-  if not all(hasattr(deciding(example), 'answer') for example in examples):
+  """experience -> what each rollout votes for, see `votes`; None if a reward knows no answers."""
+  correct = parts.evaluation.correct
+  names = {example.meta.get(records.CHECKED_BY, correct) for example in examples}
+  rewards = {name: parts.rewards[name][0] for name in names}
+  if not all(hasattr(reward, 'answer') for reward in rewards.values()):
     return None
-  return lambda example, completion: deciding(example).answer(completion)
+  counted = {'vote': (votes.Votes(rewards, correct), 1.0)}
+
+  def vote(experience):
+    groups = experience.group_R.tolist()
+    return parts.pool.score(counted, experience.examples, experience.completions, groups).value
+
+  return vote
 
 
 def make_held_out(parts: wiring.Parts):

@@ -58,6 +58,30 @@ def test_library_dataclasses_have_no_defaults():
       assert field.default is dataclasses.MISSING, f'{cls.__name__}.{field.name}'
 
 
+@pytest.mark.parametrize('preset', common.ALGORITHM_PRESETS)
+def test_every_preset_of_an_algorithm_builds_it(preset):
+  section = common.algorithm(preset)
+  algorithm = wiring.member(train.ALGORITHMS, section, 'algorithm')
+  algorithm.check(4)
+  assert algorithm.needs <= {'old_logp', 'ref_logp', 'prepare'}
+
+
+def test_every_member_of_every_table_has_a_preset():
+  tasks = (common.shuffled_objects(4), common.arithmetic(), common.addition(), common.countdown())
+  tasks += (common.mixture(a=(1, common.arithmetic())), common.reasoning_gym('chain_sum'))
+  names = {
+    'task': {section.name for section in tasks},
+    'reward': set(common.rewards(**dict.fromkeys(train.REWARDS, 1.0))),
+    'env': {common.single_turn().name},
+    'algorithm': {common.algorithm(preset).name for preset in common.ALGORITHM_PRESETS},
+    'model': {common.model('nano').kind},
+  }
+  assert names == {what: set(table) for what, table in train.TABLES.items()}
+  for section in tasks:
+    fields_of = fields(train.TASKS[section.name])
+    assert fields_of | {'name'} == set(section), section.name
+
+
 def test_an_unknown_variant_lists_the_choices():
   with pytest.raises(ValueError, match="'smolm' is not one of :debug .*:smollm2"):
     load('r1_zero', 'smolm')

@@ -65,23 +65,23 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
 
 
 @pytest.mark.parametrize(
-  'answers, right, want',
+  'votes, right, want',
   [
-    (['3', '5', '5', None, '3'], [1, 0, 0, 0, 1], 1.0),  # a tie: the one seen first
-    (['5', '3', '5', None, '3'], [0, 1, 0, 0, 1], 0.0),
-    ([None, None], [0, 0], 0.0),
-    ([None, None, None, '3'], [0, 0, 0, 1], 1.0),  # no answer has no vote
+    ([1, 2, 2, 0, 1], [1, 0, 0, 0, 1], 1.0),  # a tie: the one seen first
+    ([2, 1, 2, 0, 1], [0, 1, 0, 0, 1], 0.0),
+    ([0, 0], [0, 0], 0.0),
+    ([0, 0, 0, 4], [0, 0, 0, 1], 1.0),  # 0 is no vote
   ],
 )
-def test_majority_by_hand(answers, right, want):
-  assert evaluation.majority(answers, right) == want
+def test_majority_by_hand(votes, right, want):
+  assert evaluation.majority(votes, right) == want
 
 
-def test_votes_use_blocks():
-  answers, right = ['a', 'b', 'b', 'a', 'a', 'c'], np.array([1, 0, 0, 1, 1, 0])
-  assert evaluation.votes(answers, right, 3) == 0.5  # b wins the first block, a the second
-  assert evaluation.votes(answers, right, 4) == 1.0  # a ties with b and came first
-  assert evaluation.votes(answers, right, 1) == 0.5
+def test_majorities_use_blocks():
+  votes, right = [1, 2, 2, 1, 1, 6], np.array([1, 0, 0, 1, 1, 0])
+  assert evaluation.majorities(votes, right, 3) == 0.5  # 2 wins the first block, 1 the second
+  assert evaluation.majorities(votes, right, 4) == 1.0  # 1 ties with 2 and came first
+  assert evaluation.majorities(votes, right, 1) == 0.5
 
 
 def test_pairing_removes_the_spread_between_problems():
@@ -289,7 +289,7 @@ def test_evaluate_greedy_and_sampled():
   asked = []
   tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
-  votes = lambda _, completion: completion.text  # noqa: E731 - each its own: the first one wins
+  votes = lambda experience: np.arange(1, 1 + experience.reward_R.size)  # noqa: E731 - each its own
   metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {}, votes)
   # The same random keys at every evaluation: the step they see is 0.
   assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]

@@ -341,9 +341,27 @@ GEMMA = {
   'attention_scale': 9**-0.5,
   'rope_theta': 300.0,
 }
+GEMMA_3 = {**GEMMA, 'sliding_window_pattern': 3, 'qk_norm': True, 'rope_local_theta': 5.0}
+FOUR_PAIRS = {'head_dim': 8, 'rope_theta': 50.0}  # that turn 2.5, 1, 0.4 and 0.1 times in 16 tokens
+STRETCHED = {**FOUR_PAIRS, 'rope_factor': 4.0, 'rope_original_max_position': 16}
 VARIANTS = {  # switches that no test would see at their defaults are set far from them
   'llama': {'tied_embeddings': False, 'rope_theta': 300.0, 'norm_eps': 1e-2},
   'llama-tied': {'vocab_size': 270},  # eleven rows stand for no token
+  'llama-linear': {**FOUR_PAIRS, 'rope_scaling': 'linear', 'rope_factor': 8.0},
+  'llama-llama3': {
+    **STRETCHED,
+    **{'rope_scaling': 'llama3', 'rope_low_freq_factor': 0.25, 'rope_high_freq_factor': 2.0},
+  },
+  'llama-yarn': {
+    **STRETCHED,
+    **{'rope_scaling': 'yarn', 'rope_beta_fast': 1.0, 'rope_beta_slow': 0.25},
+  },
+  'qwen2-yarn': {
+    **STRETCHED,
+    'qkv_bias': True,
+    'rope_scaling': 'yarn',
+    'rope_attention_factor': 0.7,
+  },
   'mistral': {**WINDOWED, 'tied_embeddings': False},
   'qwen2': {'qkv_bias': True},
   'qwen3': {'qk_norm': True, 'head_dim': 6},
@@ -353,7 +371,8 @@ VARIANTS = {  # switches that no test would see at their defaults are set far fr
     'attention_softcap': 1.0,
     'final_softcap': 3.0,
   },
-  'gemma3_text': {**GEMMA, 'sliding_window_pattern': 3, 'qk_norm': True},
+  'gemma3_text': {**GEMMA_3, **FOUR_PAIRS},
+  'gemma3_text-linear': {**GEMMA_3, **FOUR_PAIRS, 'rope_scaling': 'linear', 'rope_factor': 8.0},
 }
 
 
@@ -393,8 +412,6 @@ def test_transformers_logits(tmp_path, name):
   np.testing.assert_allclose(ours_BTV, want_BTV, rtol=0, atol=1e-4)
 
   # What transformers writes, in its own newer form, is read back.
-  if name == 'gemma3_text':
-    return  # it names two rotary bases there, and no window pattern
   theirs.save_pretrained(tmp_path / 'again')
   hyper, again = huggingface.read(tmp_path / 'again')
   whole = {**vars(model), 'vocab_size': 259}

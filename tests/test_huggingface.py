@@ -9,7 +9,7 @@ import tiny
 from safetensors.numpy import save_file
 
 from reasonrl import records, sharding
-from reasonrl.models import huggingface
+from reasonrl.models import huggingface, rope
 
 GEMMA = {
   'activation': 'gelu_tanh',
@@ -30,7 +30,44 @@ FAMILIES = {  # what the published models of each switch on
     'final_softcap': 30.0,
     'attention_scale': 9**-0.5,
   },
-  'gemma3_text': {**GEMMA, 'sliding_window_pattern': 6, 'qk_norm': True},
+  'gemma3_text': {
+    **GEMMA,
+    'sliding_window_pattern': 6,
+    'qk_norm': True,
+    'rope_theta': 1e6,
+    'rope_local_theta': 1e4,
+  },
+}
+STRETCHED = {'rope_factor': 4.0, 'rope_original_max_position': 64}
+SCALINGS = {  # name -> the decoder's fields, the dict of transformers
+  'linear': (
+    {'rope_scaling': 'linear', 'rope_factor': 8.0},
+    {'rope_type': 'linear', 'factor': 8.0},
+  ),
+  'llama3': (
+    {
+      **{'rope_scaling': 'llama3', **STRETCHED},
+      **{'rope_low_freq_factor': 0.5, 'rope_high_freq_factor': 2.0},
+    },
+    {
+      **{'rope_type': 'llama3', 'factor': 4.0, 'original_max_position_embeddings': 64},
+      **{'low_freq_factor': 0.5, 'high_freq_factor': 2.0},
+    },
+  ),
+  'yarn': (
+    {'rope_scaling': 'yarn', **STRETCHED, 'rope_beta_fast': 16.0, 'rope_beta_slow': 2.0},
+    {
+      **{'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64},
+      **{'beta_fast': 16.0, 'beta_slow': 2.0},
+    },
+  ),
+  'attention factor': (
+    {'rope_scaling': 'yarn', **STRETCHED, 'rope_attention_factor': 0.7},
+    {
+      **{'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64},
+      **{'beta_fast': 32.0, 'beta_slow': 1.0, 'attention_factor': 0.7},
+    },
+  ),
 }
 
 
@@ -39,8 +76,9 @@ def test_family(name):
   assert huggingface.family(tiny.model(**FAMILIES[name])) == name
 
 
-def test_every_family_is_tested():
+def test_every_family_and_scaling_is_tested():
   assert FAMILIES.keys() == huggingface.FAMILIES.keys()
+  assert {'default', *SCALINGS} == {*rope.SCALINGS, 'attention factor'}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +95,14 @@ def test_every_family_is_tested():
       {**GEMMA, 'sliding_window': None, 'sliding_window_pattern': 2},
       "window=None, not 'a positive n",
     ),
-    ({**GEMMA, 'qk_norm': True}, 'gemma3_text but for sliding_window_pattern=0, not'),
+    ({**GEMMA, 'qk_norm': True, 'rope_local_theta': 5.0}, 'gemma3_text but for sliding_window_pat'),
+    ({**FAMILIES['gemma3_text'], 'rope_local_theta': None}, 'gemma3_text .* rope_local_theta=None'),
+    ({**FAMILIES['gemma2'], 'rope_local_theta': 5.0}, 'gemma2 but for rope_local_theta=5.0, not N'),
+    ({**FAMILIES['mistral'], 'rope_local_theta': 5.0}, 'mistral but for rope_local_theta=5.0'),
+    (
+      {'rope_scaling': 'linear', 'rope_factor': 8.0, 'rope_attention_factor': 1.0},
+      "no rope_attention_factor=1.0 of rope_scaling='linear', only of yarn",
+    ),
     ({**FAMILIES['gemma2'], 'attention_scale': 0.3}, r'0.3 is not n \*\* -0.5 for an integer n'),
     ({'num_heads': 3}, 'num_heads=3, which does not divide width=8'),
   ],
@@ -103,8 +148,17 @@ def test_config_by_hand():
     'sliding_window': 3,
     'sliding_window_pattern': 6,
     'query_pre_attn_scalar': 4,  # None = head_dim
-    'rope_local_base_freq': 10000.0,
+    'rope_theta': 1e6,
+    'rope_local_base_freq': 1e4,
   }
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('fields, theirs', SCALINGS.values(), ids=list(SCALINGS))
+def test_scaling_by_hand(name, fields, theirs):
+  plain = huggingface.config(tiny.model(**FAMILIES[name]))
+  found = huggingface.config(tiny.model(**FAMILIES[name], **fields))
+  assert found == plain | {'rope_scaling': theirs}
 
 
 NORM = {'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
@@ -151,11 +205,43 @@ def config_json(folder, **changes):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_what_config_says_is_read_back(tmp_path, name):
-  model = tiny.model(**FAMILIES[name])
+@pytest.mark.parametrize('scaling', ['default', *SCALINGS])
+def test_what_config_says_is_read_back(tmp_path, name, scaling):
+  fields = FAMILIES[name] | SCALINGS.get(scaling, ({},))[0]
+  model = tiny.model(**fields)
   found = huggingface.hyperparameters(config_json(tmp_path, **huggingface.config(model)))
   assert found == {field: getattr(model, field) for field in found}
-  assert found.keys() >= huggingface.KEYS.keys() | FAMILIES[name].keys()
+  always = {'rope_scaling', 'rope_attention_factor', 'rope_local_theta'}
+  assert found.keys() >= huggingface.KEYS.keys() | fields.keys() | always
+
+
+@pytest.mark.parametrize('fields, theirs', SCALINGS.values(), ids=list(SCALINGS))
+def test_rope_parameters(tmp_path, fields, theirs):
+  """What transformers 5 writes: bases inside of the dict, and of Gemma 3 a dict for each kind."""
+  want = {'rope_theta': 500.0, 'rope_attention_factor': None, **fields}
+  read = lambda **changes: huggingface.hyperparameters(config_json(tmp_path, **changes)).items()  # noqa: E731
+  rotary = {'rope_theta': 500.0, **theirs}
+  assert read(rope_parameters=rotary) >= (want | {'rope_local_theta': None}).items()
+  old = {'type': rotary.pop('rope_type'), **rotary}
+  assert read(rope_scaling=old) >= want.items()
+  gemma = huggingface.config(tiny.model(**FAMILIES['gemma3_text']))
+  local = {'rope_type': 'default', 'rope_theta': 20.0}
+  kinds = {'sliding_attention': local, 'full_attention': {'rope_theta': 500.0, **theirs}}
+  assert read(**gemma, rope_parameters=kinds) >= (want | {'rope_local_theta': 20.0}).items()
+  # Without bases inside: those of the older keys.
+  kinds = {'sliding_attention': None, 'full_attention': theirs}
+  want |= {'rope_theta': 1e6, 'rope_local_theta': 1e4}
+  assert read(**gemma, rope_parameters=kinds) >= want.items()
+
+
+def test_what_yarn_leaves_out(tmp_path):
+  bare = {'type': 'yarn', 'factor': 4.0, 'beta_fast': None, 'truncate': True}
+  want = {'rope_factor': 4.0, 'rope_beta_fast': 32.0, 'rope_beta_slow': 1.0}
+  want |= {'rope_attention_factor': None, 'rope_original_max_position': 256}
+  found = huggingface.hyperparameters(config_json(tmp_path, rope_scaling=bare))
+  assert found.items() >= want.items()
+  path = config_json(tmp_path, rope_scaling=bare, original_max_position_embeddings=64)
+  assert huggingface.hyperparameters(path)['rope_original_max_position'] == 64
 
 
 def test_published_forms(tmp_path):
@@ -180,13 +266,95 @@ def test_published_forms(tmp_path):
   assert huggingface.hyperparameters(path)['sliding_window'] is None
 
 
+SMALL = {  # Gemma 3 to 1B
+  **{'num_attention_heads': 4, 'num_key_value_heads': 1, 'head_dim': 256, 'vocab_size': 262144},
+  **{'hidden_activation': 'gelu_pytorch_tanh', 'rms_norm_eps': 1e-6, 'sliding_window': 512},
+  **{'query_pre_attn_scalar': 256, 'max_position_embeddings': 32768, 'rope_scaling': None},
+  **{'rope_theta': 1000000, 'rope_local_base_freq': 10000},
+}
+LARGE = {'sliding_window': 1024, 'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'}}
+GEMMA_3 = {  # what the text part of each size says
+  '270m': {
+    **SMALL,
+    **{'hidden_size': 640, 'intermediate_size': 2048, 'num_hidden_layers': 18},
+    'layer_types': (['sliding_attention'] * 5 + ['full_attention']) * 3,
+  },
+  '1b': {
+    **SMALL,
+    **{'hidden_size': 1152, 'intermediate_size': 6912, 'num_hidden_layers': 26},
+    'sliding_window_pattern': 6,
+  },
+  '4b': {**LARGE, 'hidden_size': 2560, 'intermediate_size': 10240, 'num_hidden_layers': 34},
+  '12b': {
+    **LARGE,
+    **{'hidden_size': 3840, 'intermediate_size': 15360, 'num_hidden_layers': 48},
+    **{'num_attention_heads': 16, 'num_key_value_heads': 8},
+  },
+  '27b': {
+    **LARGE,
+    **{'hidden_size': 5376, 'intermediate_size': 21504, 'num_hidden_layers': 62},
+    **{'num_attention_heads': 32, 'num_key_value_heads': 16, 'head_dim': 128},
+    'query_pre_attn_scalar': 168,
+  },
+}
+MEANT = {  # size -> width, layers, heads, of keys, their channels, attention_scale
+  '270m': (640, 18, 4, 1, 256, None),
+  '1b': (1152, 26, 4, 1, 256, None),
+  '4b': (2560, 34, 8, 4, 256, None),
+  '12b': (3840, 48, 16, 8, 256, None),
+  '27b': (5376, 62, 32, 16, 128, 168**-0.5),
+}
+
+
+@pytest.mark.parametrize('size', GEMMA_3)
+def test_published_gemma_3(tmp_path, size):
+  names = ('width', 'num_layers', 'num_heads', 'num_kv_heads', 'head_dim', 'attention_scale')
+  want = FAMILIES['gemma3_text'] | dict(zip(names, MEANT[size], strict=True))
+  want |= {'mlp_width': GEMMA_3[size]['intermediate_size'], 'norm_eps': 1e-6, 'qkv_bias': False}
+  want |= {'tied_embeddings': True, 'attention_softcap': None, 'final_softcap': None}
+  want |= {'rope_theta': 1e6, 'rope_local_theta': 1e4, 'rope_attention_factor': None}
+  if size in ('270m', '1b'):
+    want |= {'vocab_size': 262144, 'max_position': 32768, 'sliding_window': 512}
+    want |= {'rope_scaling': 'default'}
+  else:
+    want |= {'vocab_size': 262208, 'max_position': 131072, 'sliding_window': 1024}
+    want |= {'rope_scaling': 'linear', 'rope_factor': 8.0}
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps({'model_type': 'gemma3_text', **GEMMA_3[size]}))
+  assert huggingface.hyperparameters(path) == want
+
+
+LINEAR, YARN = SCALINGS['linear'][1], SCALINGS['yarn'][1]
+GEMMA_3_CONFIG = huggingface.config(tiny.model(**FAMILIES['gemma3_text']))
+
+
 @pytest.mark.parametrize(
   'changes, said',
   [
     ({'model_type': 'qwen3_moe'}, "'qwen3_moe' is not one of llama, mistral, qwen2, .*gemma3_text"),
-    ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, 'rotary embeddings are not supp'),
-    ({'rope_parameters': {'sliding_attention': {}, 'full_attention': {}}}, 'several rotary'),
-    ({'rope_local_base_freq': 1e4, 'rope_theta': 1e6}, 'several rotary'),
+    ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, 'lacks low_freq_.*, high_.*llama3'),
+    ({'rope_scaling': {'type': 'linear', 'factor': None}}, "lacks factor of rope_type='linear'"),
+    ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "'dynamic' of .* default, .*, yarn"),
+    ({'rope_parameters': {'rope_type': 'longrope', 'long_factor': [1.0]}}, "rope_type='longrope'"),
+    ({'rope_scaling': YARN | {'mscale': 0.7}}, "mscale=0.7 of rope_type='yarn'"),
+    ({'rope_scaling': YARN | {'mscale_all_dim': 0.7}}, 'mscale_all_dim=0.7'),
+    ({'rope_parameters': YARN | {'truncate': False}}, 'truncate=False'),
+    ({'rope_scaling': {'rope_type': 'default', 'factor': 2.0}}, "factor=2.0 of .*'default'"),
+    ({'rope_scaling': LINEAR | {'attention_factor': 0.7}}, "attention_factor=0.7 of .*'linear'"),
+    ({'rope_scaling': LINEAR | {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    ({'partial_rotary_factor': 0.5}, "partial_rotary_factor=0.5 of .*'default'"),
+    ({'rope_scaling': LINEAR, 'rope_parameters': LINEAR}, 'rope_parameters and rope_scaling'),
+    ({'rope_parameters': {'sliding_attention': {}, 'full_attention': {}}}, 'sliding_attention={}'),
+    (
+      GEMMA_3_CONFIG | {'rope_parameters': {'sliding_attention': LINEAR}},
+      "rope_type='linear' of rope_local_base_freq is not one of default$",
+    ),
+    (GEMMA_3_CONFIG | {'rope_parameters': LINEAR}, 'has factor, rope_type, not full_attention and'),
+    (
+      GEMMA_3_CONFIG | {'rope_parameters': {'full_attention': LINEAR, 'chunked_attention': LINEAR}},
+      'rope_parameters has chunked_attention',
+    ),
+    (GEMMA_3_CONFIG | {'use_bidirectional_attention': True}, 'windows of attention'),
     ({'hidden_act': 'gelu'}, "activation 'gelu', not 'silu'"),
     ({'rms_norm_eps': None}, "lacks 'rms_norm_eps'"),
     ({'model_type': 'mistral'}, "lacks 'sliding_window'"),

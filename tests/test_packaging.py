@@ -203,7 +203,7 @@ def test_libraries_are_quiet_unless_asked(program, tmp_path):
 @pytest.mark.parametrize(
   'flags, said',
   [
-    ((), ('--config', 'configs/toy.py')),
+    ((), ('give --config=FILE; there are', 'configs/toy.py')),
     (('--config=configs/tony.py',), ("'configs/tony.py'", 'configs/toy.py')),
     (('--config=toy.py:debgu',), ("unknown argument 'debgu'; choices: debug",)),
     (('--config=toy.py', '--config.rl.stepz=1'), ("'rl.stepz'", "'steps'", 'algorithm, steps')),

@@ -1,5 +1,6 @@
 """Rewards: the rules on examples worked by hand, then no string makes them raise or dawdle."""
 
+import dataclasses
 import pickle
 import re
 import time
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from reasonrl import records
 from reasonrl.records import Stop
-from reasonrl.rewards import REWARDS, answer
+from reasonrl.rewards import REWARDS, answer, votes
 
 FIELDS = {
   'accuracy': dict(after_think=True, extraction='strict', require_stop=True),
@@ -392,3 +393,20 @@ def test_no_string_takes_a_reward_50_ms(name, attack):
       reward(example(name=name), sampled)
       times.append(time.thread_time() - start)
     assert min(times) < 0.05
+
+
+def test_votes_by_hand():
+  said = ['<think></think><answer>7</answer>', 'nothing', '<think></think><answer>07.0</answer>']
+  said += ['<think></think>\\boxed{8}', '<think></think><answer>7</answer>']
+  count = votes.Votes({'accuracy': make('accuracy')}, 'accuracy')
+  scores = count([example('7')] * 5, [completion(text) for text in said])
+  assert [score.value for score in scores] == [1, 0, 1, 4, 1]
+  cut = dataclasses.replace(completion(said[0]), stop=records.Stop.LENGTH)
+  assert count([example('7')], [cut])[0].value == 0  # what may not be right has no vote
+
+
+def test_votes_of_an_example_that_names_its_reward():
+  count = votes.Votes({'accuracy': make('accuracy'), 'addition': make('addition')}, 'accuracy')
+  named = dataclasses.replace(example('7'), meta={records.CHECKED_BY: 'addition'})
+  scores = count([named] * 3, [completion(text) for text in ('7', '8', '7')])
+  assert [score.value for score in scores] == [1, 2, 1]

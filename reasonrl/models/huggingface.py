@@ -6,8 +6,8 @@
    as NumPy arrays. What the decoder cannot represent is refused by name: no tensor is skipped.
 
 Shapes never change: weights are [out, in] and rotary channels half-split on both sides. Left out on
-purpose: scaled rotary positions, a local rotary base of its own (all published Gemma 3 have one),
-the text part of multimodal files, and weights in other files than safetensors.
+purpose: rotary positions that `rope` leaves out, mixtures of them other than Gemma 3's, the text
+part of multimodal files, and weights in other files than safetensors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from flax import traverse_util
 
 from reasonrl import records, tokenizers
+from reasonrl.models import rope
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 INDEX = 'model.safetensors.index.json'  # only beside several files of weights
@@ -34,6 +35,7 @@ class Family:
   architecture: str
   switches: dict[str, Any]  # field -> its value or POSITIVE; fields left out are free
   keys: dict[str, str]  # field -> key of config.json, for the switches that it names
+  left_out: dict[str, Any]  # key -> what transformers takes where a published file lacks it
 
 
 _LLAMA = {
@@ -47,6 +49,7 @@ _LLAMA = {
   'attention_softcap': None,
   'final_softcap': None,
   'sliding_window': None,
+  'rope_local_theta': None,
 }
 _GEMMA = {
   'activation': 'gelu_tanh',
@@ -58,24 +61,27 @@ _GEMMA = {
 }
 _WINDOW = {'sliding_window': 'sliding_window'}
 _GEMMA_KEYS = {**_WINDOW, 'attention_scale': 'query_pre_attn_scalar'}
+_THETA = {'rope_theta': 10_000.0}
 
 FAMILIES = {  # model_type ->
-  'llama': Family('LlamaForCausalLM', _LLAMA, {}),
+  'llama': Family('LlamaForCausalLM', _LLAMA, {}, _THETA),
   'mistral': Family(
     'MistralForCausalLM',
     {**_LLAMA, 'sliding_window': POSITIVE, 'sliding_window_pattern': 0},
     _WINDOW,
+    _THETA,
   ),
-  'qwen2': Family('Qwen2ForCausalLM', {**_LLAMA, 'qkv_bias': True}, {}),
-  'qwen3': Family('Qwen3ForCausalLM', {**_LLAMA, 'qk_norm': True}, {}),
+  'qwen2': Family('Qwen2ForCausalLM', {**_LLAMA, 'qkv_bias': True}, {}, _THETA),
+  'qwen3': Family('Qwen3ForCausalLM', {**_LLAMA, 'qk_norm': True}, {}, _THETA),
   'gemma2': Family(
     'Gemma2ForCausalLM',
-    {**_GEMMA, 'qk_norm': False, 'sliding_window_pattern': 2},
+    {**_GEMMA, 'qk_norm': False, 'sliding_window_pattern': 2, 'rope_local_theta': None},
     {
       **_GEMMA_KEYS,
       'attention_softcap': 'attn_logit_softcapping',
       'final_softcap': 'final_logit_softcapping',
     },
+    _THETA,
   ),
   'gemma3_text': Family(
     'Gemma3ForCausalLM',
@@ -85,8 +91,27 @@ FAMILIES = {  # model_type ->
       'attention_softcap': None,
       'final_softcap': None,
       'sliding_window_pattern': POSITIVE,
+      'rope_local_theta': POSITIVE,
     },
-    {**_GEMMA_KEYS, 'sliding_window_pattern': 'sliding_window_pattern'},
+    {
+      **_GEMMA_KEYS,
+      'sliding_window_pattern': 'sliding_window_pattern',
+      'rope_local_theta': 'rope_local_base_freq',
+    },
+    {  # nearly all of 4B is said by leaving it out
+      'vocab_size': 262_208,
+      'num_attention_heads': 8,
+      'num_key_value_heads': 4,
+      'head_dim': 256,
+      'hidden_activation': 'gelu_pytorch_tanh',
+      'rms_norm_eps': 1e-6,
+      'max_position_embeddings': 131_072,
+      'tie_word_embeddings': True,
+      'query_pre_attn_scalar': 256,
+      'sliding_window_pattern': 6,
+      'rope_theta': 1_000_000.0,
+      'rope_local_base_freq': 10_000.0,
+    },
   ),
 }
 
@@ -105,6 +130,18 @@ KEYS = {  # field -> key of config.json, in every family
 }
 # Left out by many files; the shapes of the tensors show them.
 OPTIONAL = ('num_key_value_heads', 'head_dim', 'tie_word_embeddings')
+ROPE = {  # field -> key of `rope_scaling`, for the fields that a scaling takes
+  'rope_scaling': 'rope_type',
+  'rope_factor': 'factor',
+  'rope_original_max_position': 'original_max_position_embeddings',
+  'rope_low_freq_factor': 'low_freq_factor',
+  'rope_high_freq_factor': 'high_freq_factor',
+  'rope_beta_fast': 'beta_fast',
+  'rope_beta_slow': 'beta_slow',
+  'rope_attention_factor': 'attention_factor',
+}
+YARN = {'beta_fast': 32.0, 'beta_slow': 1.0, 'attention_factor': None}  # where a file lacks them
+FIXED = {'truncate': True, 'partial_rotary_factor': 1.0}  # other keys -> what the decoder computes
 ACTIVATIONS = {'silu': 'silu', 'gelu_tanh': 'gelu_pytorch_tanh'}
 
 # Path inside a layer -> name of the tensor inside model.layers.<i>.
@@ -168,11 +205,12 @@ def family(model) -> str:
 def config(model) -> dict[str, Any]:
   """config.json of a Decoder, but for the dtype and the tokenizer's ids.
 
-  The keys are those of transformers before version 5 (`rope_theta`, not `rope_parameters`), which
-  newer and older readers take.
+  The keys are those of transformers before version 5 (`rope_theta` and `rope_scaling`, not
+  `rope_parameters`), which newer and older readers take. Versions 4.51 to 4.55 give YaRN the factor
+  max_position / rope_original_max_position, whatever is written.
 
   Raises:
-    UserError: no architecture fits; see `family`.
+    UserError: no architecture fits, see `family`; a field has a value that transformers cannot say.
   """
   model_type = family(model)
   if model.width % model.num_heads:
@@ -183,12 +221,26 @@ def config(model) -> dict[str, Any]:
   found = {'architectures': [architecture], 'model_type': model_type}
   found |= {key: getattr(model, field) for field, key in {**KEYS, **keys}.items()}
   found['hidden_act'] = ACTIVATIONS[model.activation]
+  scaling = {key: getattr(model, field) for field, key in _rope_keys(model.rope_scaling).items()}
+  if model.rope_scaling != 'default':
+    found['rope_scaling'] = {key: value for key, value in scaling.items() if value is not None}
+  if model.rope_attention_factor != scaling.get('attention_factor'):
+    raise records.UserError(
+      f'transformers has no rope_attention_factor={model.rope_attention_factor} of '
+      f'rope_scaling={model.rope_scaling!r}, only of yarn'
+    )
   if 'attention_scale' in keys:  # the Gemmas
     found['query_pre_attn_scalar'] = _query_scalar(model)
     found['hidden_activation'] = found['hidden_act']
-  if model_type == 'gemma3_text':
-    found['rope_local_base_freq'] = model.rope_theta
   return found
+
+
+def _rope_keys(scaling: str) -> dict[str, str]:
+  """The part of ROPE that this scaling takes."""
+  fields = ('rope_scaling', *rope.SCALINGS[scaling][1])
+  if scaling == 'yarn':
+    fields += ('rope_attention_factor',)
+  return {field: ROPE[field] for field in fields}
 
 
 def _query_scalar(model) -> int:
@@ -237,8 +289,8 @@ def hyperparameters(path: pathlib.Path) -> dict[str, Any]:
   """The decoder's fields from a config.json of transformers 4 or 5.
 
   Raises:
-    UserError: another model_type, scaled or several rotary embeddings, windows that the switches
-      cannot say, missing keys.
+    UserError: another model_type, rotary positions or windows that the switches cannot say, missing
+      keys.
   """
   config = _json(path)
   if config.get('model_type') not in FAMILIES:
@@ -246,18 +298,14 @@ def hyperparameters(path: pathlib.Path) -> dict[str, Any]:
       f'{path}: model_type={config.get("model_type")!r} is not one of {", ".join(FAMILIES)}'
     )
   found = FAMILIES[config['model_type']]
-  rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  theta = rope.get('rope_theta', config.get('rope_theta', 10_000.0))
-  plain = rope in ({}, {'rope_theta': theta, 'rope_type': 'default'})
-  if not plain or config.get('rope_local_base_freq', theta) != theta:
-    raise records.UserError(f'{path}: scaled or several rotary embeddings are not supported')
-  config['rope_theta'] = theta
+  config = found.left_out | config
   hyper = {k: v for k, v in found.switches.items() if v is not POSITIVE}
   for field, key in {**KEYS, **found.keys}.items():
     if key in config and (config[key] is not None or field in found.keys):
       hyper[field] = config[key]
     elif key not in OPTIONAL:
       raise records.UserError(f'{path} lacks {key!r}')
+  hyper |= _rotary(path, config, 'rope_local_theta' in found.keys)
   if 'attention_scale' in found.keys:
     scalar = hyper['attention_scale']
     hyper['attention_scale'] = None if scalar == hyper.get('head_dim') else scalar**-0.5
@@ -269,9 +317,49 @@ def hyperparameters(path: pathlib.Path) -> dict[str, Any]:
     'full_attention' if window is None or (n and (i + 1) % n == 0) else 'sliding_attention'
     for i in range(hyper['num_layers'])
   ]
-  if config.get('layer_types', kinds) != kinds or config.get('use_sliding_window'):
+  other = config.get('use_sliding_window') or config.get('use_bidirectional_attention')
+  if other or config.get('layer_types', kinds) != kinds:
     raise records.UserError(f'{path}: these windows of attention are not supported')
   return hyper
+
+
+def _rotary(path: pathlib.Path, config: dict[str, Any], by_kind: bool) -> dict[str, Any]:
+  """The fields rope_*; `by_kind`: windowed layers have a base of their own, never scaled."""
+  new, old = (config.get(key) or {} for key in ('rope_parameters', 'rope_scaling'))
+  if new and old:
+    raise records.UserError(f'{path}: rope_parameters and rope_scaling, of which one is enough')
+  if not by_kind:
+    return _rope(path, config, 'rope_theta', new or old, rope.SCALINGS)
+  kinds = ('full_attention', 'sliding_attention')
+  if wrong := new.keys() - kinds:
+    raise records.UserError(
+      f'{path}: rope_parameters has {", ".join(sorted(wrong))}, not {" and ".join(kinds)} alone'
+    )
+  full, windowed = (new.get(kind) or {} for kind in kinds)
+  local = _rope(path, config, 'rope_local_base_freq', windowed, ('default',))
+  found = _rope(path, config, 'rope_theta', full or old, rope.SCALINGS)
+  return {**found, 'rope_local_theta': local['rope_theta']}
+
+
+def _rope(path: pathlib.Path, config: dict[str, Any], base: str, given: dict, scalings):
+  """The fields that one dict says; `base`: key of config.json for the rope_theta that it lacks."""
+  given = {'partial_rotary_factor': config.get('partial_rotary_factor'), **given}
+  given = {key: value for key, value in given.items() if value is not None}
+  scaling = given.setdefault('rope_type', given.pop('type', 'default'))  # 'type': its old name
+  if scaling not in scalings:
+    raise records.UserError(
+      f'{path}: rope_type={scaling!r} of {base} is not one of {", ".join(scalings)}'
+    )
+  taken = {'rope_theta': 'rope_theta', **_rope_keys(scaling)}
+  for key, value in given.items():
+    if key not in taken.values() and value != FIXED.get(key):
+      raise records.UserError(f'{path}: {key}={value!r} of rope_type={scaling!r} is not supported')
+  original = config.get('original_max_position_embeddings', config['max_position_embeddings'])
+  top = {'rope_theta': config[base], 'original_max_position_embeddings': original}
+  given = {**YARN, **top, **given}
+  if lacks := [key for key in taken.values() if key not in given]:
+    raise records.UserError(f'{path} lacks {", ".join(lacks)} of rope_type={scaling!r}')
+  return {'rope_attention_factor': None} | {field: given[key] for field, key in taken.items()}
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
