@@ -26,9 +26,6 @@ from absl import app, flags
 
 from reasonrl import records, report
 
-_RUNS = flags.DEFINE_string('runs', '', 'Folder of the runs.')
-_TO = flags.DEFINE_string('to', '', 'Folder to write to.')
-
 # t(.975, n - 1) for n = 2, 3, ...: Student 1908, in every table
 T975 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706, 7: 2.4469, 8: 2.3646}
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f', '#e69f00', '#56b4e9')
@@ -138,7 +135,7 @@ def table(runs) -> str:
 
 
 def main(_) -> None:
-  runs, to = load(pathlib.Path(_RUNS.value)), pathlib.Path(_TO.value)
+  runs, to = load(pathlib.Path(flags.FLAGS.runs)), pathlib.Path(flags.FLAGS.to)
   with open(to / 'evaluations.jsonl', 'w', encoding='utf-8') as out:
     for variant, seeds in runs.items():
       for seed, rows in seeds.items():
@@ -152,6 +149,8 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('runs', '', 'Folder of the runs.')  # here: other programs have a --to as well
+  flags.DEFINE_string('to', '', 'Folder to write to.')
   try:
     app.run(main)
   except records.UserError as e:

@@ -70,10 +70,11 @@ def finish(workdir: pathlib.Path, layout: str, cache: str) -> float:
 def doing(workdir: pathlib.Path) -> str:
   """What the run was at, by its last words and the files under way."""
   lines = pathlib.Path(f'{workdir}.log').read_text().split('\n')
-  known = [re.match(r'(\w+ \d+/\d+|\w+: \w+|\w+ ?\w* \.\.\.|report|workdir)', x) for x in lines]
-  said = ([match[1] for match in known if match] or ['starting'])[-1]
+  phases = [x.partition(':')[0] for x in lines if re.match(r'\w+: (supervised|reinforce),', x)]
+  acts = [m[1] for m in (re.match(r'(\w+( \w+)?) \.\.\.|\w+ \d+/\d+ ', x) for x in lines) if m]
   saving = [p for p in workdir.glob('*/*') if 'orbax-checkpoint-tmp' in p.name]
-  return said + (', saving' if saving else '')
+  act = 'saving' if saving else (acts or ['starting'])[-1] or 'stepping'
+  return ' '.join([*phases[-1:], act])
 
 
 def plain_rows(workdir: pathlib.Path) -> list[dict]:
