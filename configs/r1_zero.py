@@ -5,7 +5,7 @@
   python -m reasonrl.main --config=configs/r1_zero.py:smollm2    SmolLM2-135M-Instruct
 
 Expected, on two CPU cores (experiments/ has the runs):
-  tiny      about 3 min; held-out sampled accuracy on 1,024 problems from .32 to .96, think length
+  tiny      2 min; held-out sampled accuracy on 1,024 problems from .32 to .96, think length
             from 5 to 12 tokens
   :debug    about half a minute; no more than a check that everything runs
   :smollm2  30 min; greedy accuracy on 512 held-out sums from .35 to .61 or .65 (two seeds), format
