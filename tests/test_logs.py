@@ -16,19 +16,7 @@ from hypothesis import strategies as st
 
 from reasonrl import logs, records
 
-ROW = {
-  'step': 3,
-  'phase': 'rl',
-  'prompt': 'What is [red]2 + 2[/red]?',
-  'completion': '<think>2 and 2</think><answer>4</answer>',
-  'answer': '4',
-  'reward': 1.1,
-  'right': True,
-  'parts': {'accuracy': 1.0, 'format': 0.1},
-  'advantage': 0.5,
-  'length': 12,
-  'stop': 'eos',
-}
+ROW = {'step': 3, 'phase': 'rl', 'prompt': 'What is 2 + 2?', 'right': True, 'reward': 1.1}
 
 
 def config(**changes) -> ml_collections.ConfigDict:
