@@ -57,8 +57,8 @@ def two_checkpoints(tmp_path_factory):
   """Step 1, and step 2 whose values are larger by one."""
   folder, mesh = tmp_path_factory.mktemp('two'), sharding.make_mesh(1, 1, 1)
   store = checkpoint.Checkpoints(folder, keep_last=2, keep_every=0)
-  store.save(1, tree(mesh, rows=64), {'step': 1})
-  store.save(2, jax.tree.map(lambda x: x + 1, tree(mesh, rows=64)), {'step': 2})
+  store.save(1, tree(mesh, rows=1250), {'step': 1})
+  store.save(2, jax.tree.map(lambda x: x + 1, tree(mesh, rows=1250)), {'step': 2})
   store.close()
   return folder
 
@@ -79,10 +79,10 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path, two_checkpoints, how):
     else:
       victim.write_bytes(data[: len(data) // 2] if how == 'halve' else b'')
     store, said = checkpoint.Checkpoints(run, keep_last=2, keep_every=0), []
-    step, found, host = store.newest(lambda host: tree(mesh, rows=64), said.append)
+    step, found, host = store.newest(lambda host: tree(mesh, rows=1250), said.append)
     assert host['step'] == step
     np.testing.assert_array_equal(
-      found['w'], np.arange(256).reshape(64, 4) + step - 1, err_msg=str(victim)
+      found['w'], np.arange(5000).reshape(1250, 4) + step - 1, err_msg=str(victim)
     )
     if step == 1:  # some files are not needed
       fell_back += 1
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path, two_checkpoints, how):
       store.save(2, found, {'step': 2})  # which is where the run comes by again
     store.close()
     if step == 1:
-      assert newest(run, tree(mesh, rows=64))[0] == 2
+      assert newest(run, tree(mesh, rows=1250))[0] == 2
   assert fell_back >= 3
 
 
@@ -101,7 +101,7 @@ def test_no_whole_checkpoint_is_an_error_that_moves_nothing(tmp_path, two_checkp
     file.write_bytes(b'')
   before = sorted(run.rglob('*'))
   with pytest.raises(records.UserError, match='no checkpoint of .* can be read .2: .*; 1: '):
-    newest(run, tree(sharding.make_mesh(1, 1, 1), rows=64))
+    newest(run, tree(sharding.make_mesh(1, 1, 1), rows=1250))
   assert sorted(run.rglob('*')) == before
 
 
