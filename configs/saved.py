@@ -1,6 +1,6 @@
 """The config of an earlier run, read from its folder: to run it again, changed or not.
 
-  python -m reasonrl.main --config=configs/saved.py:runs/first --config.seed=1
+python -m reasonrl.main --config=configs/saved.py:runs/first --config.seed=1
 """
 
 import json

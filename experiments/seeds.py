@@ -123,9 +123,7 @@ def table(runs) -> str:
       if None in values:
         return ''
       mean, half = interval(values)
-      texts.append(
-        f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
-      )
+      texts.append(f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}'))
     return ' → '.join(texts)
 
   for variant, seeds in runs.items():

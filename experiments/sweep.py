@@ -42,7 +42,7 @@ import rich.table
 from absl import flags
 from ml_collections import config_flags
 
-from reasonrl import logs, main, records
+from reasonrl import command_line, launch, logs, records
 
 _SWEEP = flags.DEFINE_string('sweep', '', 'Python file with sweep(add) or search(trial).')
 _TO = flags.DEFINE_string('to', '', 'Folder of the sweep, new or to be resumed.')
@@ -81,7 +81,7 @@ class Attempt:
 
 # ------------------------------------------------------------------------------------ trials
 
-find_config = functools.cache(main.find_config)  # it prints what it found
+find_config = functools.cache(command_line.find_config)  # it prints what it found
 
 
 def as_flags(overrides: dict[str, Any]) -> list[str]:
@@ -102,7 +102,7 @@ def make_trial(name: str, config: str, common: dict[str, Any], own: dict[str, An
     UserError, flags.Error: an unknown config or field, or a value that would not arrive.
   """
   path, overrides = find_config(config), common | own
-  main.check_overrides([f'--config.{field}=' for field in overrides], path)
+  command_line.check_overrides([f'--config.{field}=' for field in overrides], path)
   argv, values = ['', f'--config={path}', *as_flags(overrides)], flags.FlagValues()
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   values(argv)
@@ -346,12 +346,11 @@ def summarize(to: pathlib.Path, console: rich.console.Console) -> None:
 # ------------------------------------------------------------------------------------ the door
 
 
-def launch(argv: list[str]) -> int:
-  if argv[1:]:
-    raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
-  if flags.FLAGS.config is None:
-    main.find_config('')
-  if not _TO.value or flags.FLAGS.workdir:
+def main(argv: list[str]) -> int:
+  del argv
+  if launch.CONFIG.value is None:
+    command_line.find_config('')
+  if not _TO.value or launch.WORKDIR.value:
     raise records.UserError('give --to=FOLDER and no --workdir: every trial has its own in there')
   if not os.path.isfile(_SWEEP.value):
     raise records.UserError(f'--sweep: no file {_SWEEP.value!r}')
@@ -385,4 +384,4 @@ def launch(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  main.guarded(launch, main.parse)
+  command_line.guarded(main, command_line.parse, launch.RESUMABLE)

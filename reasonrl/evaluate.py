@@ -21,7 +21,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from reasonrl import display, logs, main, records
+from reasonrl import command_line, display, launch, logs, records
 from reasonrl.configs import common
 
 _PHASE = flags.DEFINE_string('phase', '', 'Which phase of the run; by default the last one.')
@@ -35,13 +35,13 @@ LENGTHS = (
 
 
 def parse(argv: list[str]) -> list[str]:
-  """main's parser; a run's own config stands in for --config."""
+  """main's command line; a run's own config stands in for --config."""
   at = [i for i, arg in enumerate(argv) if re.match(r'--?workdir(=|$)', arg)]
   if at and not any(re.match(r'--?config(=|$)', arg) for arg in argv):
     _, equals, workdir = argv[at[-1]].partition('=')
     workdir = workdir if equals else ''.join(argv[at[-1] + 1 : at[-1] + 2])
     argv = [argv[0], f'--config=configs/saved.py:{workdir}', *argv[1:]]
-  return main.parse(argv)
+  return command_line.parse(argv)
 
 
 def source(workdir: str, phase: str) -> pathlib.Path:
@@ -100,9 +100,8 @@ def table(row: dict) -> rich.table.Table:
   return out
 
 
-def run(argv: list[str]) -> int:
-  if argv[1:]:
-    raise records.UserError(f'what is {argv[1]!r}? Flags are written --name=value')
+def main(argv: list[str]) -> int:
+  del argv
   values = flags.FLAGS
   if values.config is None:
     raise records.UserError('give --workdir=FOLDER of a run, or --config=... and --model=WEIGHTS')
@@ -112,7 +111,7 @@ def run(argv: list[str]) -> int:
   into = pathlib.Path(values.workdir, 'evaluations') if values.workdir else pathlib.Path('runs')
   name = pathlib.Path(config.evaluate.init if values.workdir else values.model).stem
   workdir = values.to or str(into / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}')
-  code = main.start(config, workdir)
+  code = launch.start(config, workdir)
 
   import jax
 
@@ -131,4 +130,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  main.guarded(run, parse)
+  command_line.guarded(main, parse, launch.RESUMABLE)

@@ -17,16 +17,24 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
-from reasonrl import checkpoint, records, sharding, tokenizers, train, wiring
+from reasonrl import (
+  checkpoint,
+  command_line,
+  pretrained,
+  records,
+  sharding,
+  tokenizers,
+  train,
+  wiring,
+)
 from reasonrl.models import huggingface
 
 FILE_BYTES = 5 * 10**9  # of tensors per file
@@ -49,7 +57,7 @@ def write(workdir: str, phase: str, to: str, dtype: str) -> None:
   source, to = pathlib.Path(workdir).expanduser(), pathlib.Path(to).expanduser()
   if to.exists() and (not to.is_dir() or any(to.iterdir())):
     raise records.UserError(f'{str(to)!r} exists and is not an empty folder')
-  tokenizers.package('safetensors')  # not after minutes of loading
+  pretrained.package('safetensors')  # not after minutes of loading
   config = read_config(source)
   phases = finished(config, source)
   phase = phase or next(reversed(phases))
@@ -88,7 +96,7 @@ def write_weights(tensors: dict[str, Any], wanted: dict[str, Any], dtype: str, t
       if writes:
         held[name] = np.ascontiguousarray(array[: wanted[name].shape[0]])
     if writes:
-      save_file = tokenizers.package('safetensors.numpy').save_file
+      save_file = pretrained.package('safetensors.numpy').save_file
       save_file(held, to / file, metadata={'format': 'pt'})  # old readers insist on the metadata
   if writes and len(files) > 1:
     weight_map = {name: file for file, inside in files.items() for name in inside}
@@ -193,8 +201,4 @@ if __name__ == '__main__':
     'dtype', 'float32', DTYPES, 'Of the tensors. Small updates can round away in bfloat16.'
   )
   flags.FLAGS.verbosity = logging.WARNING  # absl would show every INFO of Orbax
-  try:
-    app.run(main, flags_parser=flags.FLAGS)
-  except (records.UserError, flags.Error) as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
+  command_line.guarded(main, flags.FLAGS, '')

@@ -282,9 +282,7 @@ class Learner:
 
   def _place(self, tree):
     rules = self.model.sharding_rules
-    return jax.lax.with_sharding_constraint(
-      tree, sharding.param_shardings(tree, rules, self.mesh)
-    )
+    return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(tree, rules, self.mesh))
 
 
 def _weighted(token_loss, logp, entropy, aux):

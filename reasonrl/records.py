@@ -68,8 +68,7 @@ class Score:
 
 
 def split_think(text: str) -> tuple[str, str, str]:
-  """Before, from the first <think> to the next </think>, after; without such a pair (text, '', '').
-  """
+  """(before, from the first <think> to the next </think>, after); (text, "", "") without a pair."""
   before, opened, rest = text.partition(THINK_OPEN)
   span, closed, after = rest.partition(THINK_CLOSE)
   return (before, opened + span + closed, after) if opened and closed else (text, '', '')

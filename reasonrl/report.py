@@ -13,16 +13,15 @@ import collections
 import itertools
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import matplotlib.figure
 import matplotlib.ticker
-from absl import app, flags
+from absl import flags
 
-from reasonrl import evaluation, logs, records
+from reasonrl import command_line, evaluation, logs, records
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f'
 
@@ -329,9 +328,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Folder of a run.')  # here: main.py has one and imports this
-  try:
-    app.run(main, flags_parser=flags.FLAGS)
-  except (records.UserError, flags.Error) as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
+  flags.DEFINE_string(
+    'workdir', None, 'Folder of a run.'
+  )  # not above: launch has one too
+  command_line.guarded(main, flags.FLAGS, '')

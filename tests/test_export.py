@@ -18,7 +18,7 @@ import sentencepiece
 import tiny
 import tokenizers as hf
 
-from reasonrl import checkpoint, export, logs, records, sharding, tokenizers, wiring
+from reasonrl import checkpoint, export, logs, pretrained, records, sharding, tokenizers, wiring
 from reasonrl.configs import r1_zero
 from reasonrl.models import gguf, huggingface
 
@@ -458,7 +458,7 @@ def test_smollm2_answers_in_transformers(tmp_path):
   config = r1_zero.get_config('smollm2')
   run = tmp_path / 'run'
   logs.open_workdir(run, config, [])
-  made = tokenizers.ByteLevelBPE.from_gguf(tokenizers.SMOLLM2)
+  made = tokenizers.ByteLevelBPE.from_gguf(pretrained.SMOLLM2)
   made.save(run / 'tokenizer')
   checkpoint.save_params(run / 'phases' / 'rl', jax.tree.map(jnp.asarray, gguf.read('')[1]))
   export.write(str(run), '', str(tmp_path / 'hf'), 'float32')

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reasonrl import records, tokenizers
+from reasonrl import pretrained, records, tokenizers
 from reasonrl.models import decoder, gguf
 
 FIXTURE = pathlib.Path(__file__).parent / 'fixtures' / 'smollm2_logits.npz'
@@ -189,7 +189,7 @@ def smollm2():
   tokens_BT = np.stack([np.pad(row, (0, T - len(row))) for row in rows])
   segments_BT = np.stack([np.arange(T) < len(row) for row in rows]).astype(np.int32)
   positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), tokens_BT.shape)
-  hyper, params = gguf.read(tokenizers.SMOLLM2)
+  hyper, params = gguf.read(pretrained.SMOLLM2)
   model = decoder.Decoder(**hyper, **LLAMA)
 
   @jax.jit
@@ -197,7 +197,7 @@ def smollm2():
     hidden_BTD, _ = model.hidden(params, tokens_BT, positions_BT, segments_BT)
     return hidden_BTD @ model.head(params).T
 
-  tokenizer = tokenizers.ByteLevelBPE.from_gguf(tokenizers.SMOLLM2)
+  tokenizer = tokenizers.ByteLevelBPE.from_gguf(pretrained.SMOLLM2)
   return fixture, np.asarray(forward(params)), tokenizer
 
 

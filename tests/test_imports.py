@@ -18,11 +18,11 @@ MAPPED = ('kernels', 'configs', 'experiments')  # top-level folders, imported as
 
 LAYERS = (
   ('kernels',),
-  ('types', 'records', 'ops', 'rl_math', 'tokenizers', 'logs', 'display', 'sharding'),
+  ('types', 'records', 'ops', 'rl_math', 'pretrained', 'tokenizers', 'logs', 'display', 'sharding'),
   ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'optim'),
   ('data', 'sampling', 'learner', 'evaluation', 'checkpoint', 'rewarding', 'envs'),
   ('train', 'tooling', 'wiring'),
-  ('main', 'evaluate', 'export', 'report', 'experiments'),
+  ('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'experiments'),
 )
 LIBRARY = tuple(unit for layer in LAYERS[1:4] for unit in layer)
 SHARED = (*LAYERS[1], 'prompts', 'optim')  # what layers 1 and 2 share with everybody above
@@ -32,6 +32,7 @@ MAY_IMPORT = {
   **{unit: () for unit in LAYERS[0]},
   **{unit: ('types', 'records') for unit in LAYERS[1]},
   'ops': ('kernels', 'types', 'records'),
+  'tokenizers': ('records', 'pretrained'),
   **{unit: LAYERS[1] for unit in LAYERS[2]},
   **{unit: SHARED for unit in LAYERS[3]},
   **{unit: (*LIBRARY, 'wiring', 'tooling') for unit in LAYERS[4]},
@@ -48,7 +49,7 @@ ONLY_IN = {
 }
 # unit -> the libraries that it may import besides Python's own
 ONLY_LIBRARIES = {'kernels': ('jax', 'numpy'), 'configs': ('ml_collections',)}
-NO_JAX = ('records', 'tasks', 'rewards', 'prompts', 'tokenizers', 'logs', 'display')
+NO_JAX = ('records', 'tasks', 'rewards', 'prompts', 'pretrained', 'tokenizers', 'logs', 'display')
 NO_JAX += ('rewarding', 'configs')
 JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex')
 TABLES = {

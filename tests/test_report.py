@@ -27,10 +27,7 @@ ROWS = [
   held_out(0, 'pretrain', 0.0),
   *(train(step, 'pretrain', loss=3 - step / 10, grad_norm=1.0) for step in range(1, 11)),
   held_out(10, 'pretrain', 0.3),
-  *(
-    train(step, 'rl', loss=0.0, reward=step / 10, accuracy=step / 20)
-    for step in range(11, 21)
-  ),
+  *(train(step, 'rl', loss=0.0, reward=step / 10, accuracy=step / 20) for step in range(11, 21)),
   held_out(20, 'rl', 0.9),
 ]
 SAMPLE = {
@@ -90,9 +87,7 @@ def test_each_panel_draws_its_rows_over_its_phases(tmp_path, monkeypatch):
 
 
 def test_headline_compares_with_the_model_before_reinforcement():
-  assert report.headline(ROWS) == (
-    'Held-out accuracy: sampled 0.300 → 0.900 (95%: 0.850 to 0.950)'
-  )
+  assert report.headline(ROWS) == ('Held-out accuracy: sampled 0.300 → 0.900 (95%: 0.850 to 0.950)')
   supervised = [row for row in ROWS if row['phase'] == 'pretrain']
   assert report.headline(supervised).startswith('Held-out accuracy: sampled 0.000 → 0.300')
   assert report.headline(ROWS[:5]) == ''

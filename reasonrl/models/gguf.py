@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from reasonrl import records, tokenizers
+from reasonrl import pretrained, records
 
 ARCHITECTURES = ('llama',)
 
@@ -37,7 +37,7 @@ def read(path_or_name: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
   """Hyperparameters and float32 parameters, all weights [out, in].
 
   Args:
-    path_or_name: as in `tokenizers.find_gguf`.
+    path_or_name: as in `pretrained.find_gguf`.
 
   Returns:
     ({vocab_size, num_layers, width, num_heads, num_kv_heads, head_dim, mlp_width, rope_theta,
@@ -47,8 +47,8 @@ def read(path_or_name: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
     UserError: another architecture, a scaled or partial rotary embedding, missing tensors, or
       tensors that have no place in the tree.
   """
-  path = tokenizers.find_gguf(str(path_or_name))
-  reader = tokenizers.open_gguf(path)
+  path = pretrained.find_gguf(str(path_or_name))
+  reader = pretrained.open_gguf(path)
   hyper = hyperparameters(reader)
   import gguf  # open_gguf has made sure that it is there
 

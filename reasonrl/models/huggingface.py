@@ -20,7 +20,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from reasonrl import records, tokenizers
+from reasonrl import pretrained, records
 from reasonrl.models import rope
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
@@ -265,7 +265,7 @@ def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     UserError: what `hyperparameters` refuses, missing tensors, or tensors that have no place.
   """
   hyper = hyperparameters(directory / CONFIG)
-  safetensors = tokenizers.package('safetensors')
+  safetensors = pretrained.package('safetensors')
   index = directory / INDEX
   files = set(_json(index)['weight_map'].values()) if index.exists() else {WEIGHTS}
   tensors = {}

@@ -1,0 +1,59 @@
+"""Starts a run: the reward workers first, then JAX, so that the workers never hold it."""
+
+import glob
+import importlib.util
+import os
+
+from absl import flags
+from ml_collections import config_flags
+
+from reasonrl import records
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Config file, such as configs/r1_zero.py:debug; --config.x=1 changes a field.'
+)
+WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run, new or to be resumed.')
+RESUMABLE = '; what was saved is whole, and the same command with --workdir goes on from it'
+DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'One run on several hosts: start the same command on each, with one --workdir'
+  ' on a disk that all of them see. TPU pods and Slurm know the rest; else give the next three.',
+)
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0.')
+_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the run has.')
+_PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
+
+
+def start(config, workdir: str) -> int:
+  """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code."""
+  by_hand = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  if by_hand != (None,) * 3 and (None in by_hand or not DISTRIBUTED.value):
+    raise records.UserError(
+      '--coordinator, --num_processes and --process_id belong together, with --distributed; got '
+      f'{by_hand}'
+    )
+  print(f'workdir: {workdir}', flush=True)
+  devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
+  if 'JAX_PLATFORMS' not in os.environ and importlib.util.find_spec('libtpu') and not devices:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu would look for a TPU, loudly
+    print('no accelerator found: running on the CPU', flush=True)
+
+  from reasonrl import rewarding
+
+  with rewarding.Pool(config.rewarding.workers, config.rewarding.timeout_s) as pool:
+    if DISTRIBUTED.value:
+      import jax
+
+      jax.distributed.initialize(*by_hand)
+    from reasonrl import train
+
+    code = train.run(config, workdir, pool)
+  if code == 0:
+    import jax
+
+    from reasonrl import report
+
+    if jax.process_index() == 0:
+      report.write(workdir)
+  return code
