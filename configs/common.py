@@ -14,7 +14,7 @@ def base(name: str) -> ConfigDict:
   return ConfigDict(
     {
       'name': name,
-      'seed': 0,  # everything random derives from it
+      'seed': 0,  # of weights, samples and minibatches; the problems have task.seed
       'phases': (),  # names of sections; a loop is a tuple ending in its repetitions
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},  # one size may be -1: all devices left
       'models': {},  # name -> model(...)
@@ -113,10 +113,10 @@ def tokenizer(kind: str) -> ConfigDict:
   return ConfigDict(
     {
       'kind': kind,
-      'path': '',  # a .model, GGUF or tokenizer.json file
+      'path': '',  # a .model, GGUF or tokenizer.json file, or 'smollm2-135m-instruct'
       'vocab_size': 512,  # of a trained sentencepiece model: at most
       'model_type': 'bpe',  # 'bpe' | 'unigram' | 'char'
-      'byte_fallback': True,  # unknown characters become bytes instead of <unk>
+      'byte_fallback': True,  # unknown characters become bytes; else they are an error
       'corpus_examples': 2000,  # examples of the task to train on
     }
   )
@@ -309,9 +309,8 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
 
 def evaluate() -> ConfigDict:
   """Metrics only."""
-  section = ConfigDict({'kind': 'evaluate', 'trains': 'policy', 'init': 'previous', 'steps': 0})
-  section.update({'eval_every': 0, 'optim': optim(0.0)})
-  return section
+  section = {'kind': 'evaluate', 'trains': 'policy', 'init': 'previous', 'steps': 0}
+  return ConfigDict({**section, 'eval_every': 0})
 
 
 def single_turn() -> ConfigDict:
@@ -324,7 +323,7 @@ def single_turn() -> ConfigDict:
       'temperature': 1.0,
       'top_k': 0,  # 0 = off
       'top_p': 1.0,
-      'slots': 0,  # rows decoded at a time; 0 = all
+      'slots': 0,  # rows decoded at a time on each process; 0 = all
     }
   )
 

@@ -85,6 +85,7 @@ def smollm2():
   config.models.policy.weights = 'smollm2-135m-instruct'
   config.models.policy.compute_dtype = 'bfloat16'
   config.tokenizer = common.tokenizer('gguf')
+  config.tokenizer.path = 'smollm2-135m-instruct'
   config.task = common.arithmetic()
   config.task.max_terms = 2
   config.task.max_value = 99

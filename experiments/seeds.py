@@ -15,19 +15,18 @@ the result depends on the seed; problems are the same in all runs.
 """
 
 import collections
+import itertools
 import json
 import math
 import pathlib
 import statistics
-import sys
 
 import matplotlib.figure
-from absl import app, flags
+import scipy.stats
+from absl import flags
 
-from reasonrl import records, report
+from reasonrl import command_line, logs, records
 
-# t(.975, n - 1) for n = 2, 3, ...: Student 1908, in every table
-T975 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706, 7: 2.4469, 8: 2.3646}
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f', '#e69f00', '#56b4e9')
 # title, training metric, held-out metric, whether it is a share
 PANELS = (
@@ -50,7 +49,8 @@ def interval(values) -> tuple[float, float]:
   n = len(values)
   if n < 2:
     return statistics.fmean(values), math.nan
-  return statistics.fmean(values), T975[n] * statistics.stdev(values) / math.sqrt(n)
+  t = scipy.stats.t.ppf(0.975, n - 1)
+  return statistics.fmean(values), float(t) * statistics.stdev(values) / math.sqrt(n)
 
 
 def load(folder: pathlib.Path) -> dict[str, dict[str, list[dict]]]:
@@ -58,7 +58,7 @@ def load(folder: pathlib.Path) -> dict[str, dict[str, list[dict]]]:
   found = collections.defaultdict(dict)
   for path in sorted(folder.glob('*-*/metrics.jsonl')):
     variant, _, seed = path.parent.name.rpartition('-')
-    found[variant][seed] = report.read_rows(path)
+    found[variant][seed] = logs.read_rows(path)
   if not found:
     raise records.UserError(f'--runs={str(folder)!r} has no <variant>-<seed>/metrics.jsonl')
   return dict(found)
@@ -89,7 +89,7 @@ def draw(runs, path: pathlib.Path) -> None:
   for axis, (title, train, held_out, share) in zip(
     figure.subplots(1, len(PANELS), squeeze=False)[0], PANELS, strict=True
   ):
-    for (variant, seeds), colour in zip(runs.items(), COLOURS, strict=False):
+    for (variant, seeds), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
       steps, values = across(seeds, 0, train)
       low, high = ([m + sign * h for m, h in values] for sign in (-1, 1))
       axis.plot(steps, [m for m, _ in values], color=colour, lw=1.5, label=variant)
@@ -149,8 +149,4 @@ def main(_) -> None:
 if __name__ == '__main__':
   flags.DEFINE_string('runs', '', 'Folder of the runs.')  # here: other programs have a --to as well
   flags.DEFINE_string('to', '', 'Folder to write to.')
-  try:
-    app.run(main)
-  except records.UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
+  command_line.guarded(main, flags.FLAGS, '')

@@ -44,6 +44,7 @@ from ml_collections import config_flags
 
 from reasonrl import command_line, launch, logs, records
 
+flags.adopt_module_key_flags(launch)  # --help shows them
 _SWEEP = flags.DEFINE_string('sweep', '', 'Python file with sweep(add) or search(trial).')
 _TO = flags.DEFINE_string('to', '', 'Folder of the sweep, new or to be resumed.')
 _PARALLEL = flags.DEFINE_integer('max_parallel', 1, 'Trials at a time.', lower_bound=1)
@@ -318,9 +319,7 @@ def run(
 
 def last_evaluation(workdir: pathlib.Path) -> dict[str, Any]:
   """The newest row of held-out metrics of a run; {} if there is none yet."""
-  file = workdir / logs.METRICS
-  lines = file.read_text(encoding='utf-8').split('\n')[:-1] if file.exists() else []
-  rows = [row for row in map(json.loads, lines) if row['kind'] == 'eval']
+  rows = [row for row in logs.read_rows(workdir / logs.METRICS) if row['kind'] == 'eval']
   return rows[-1] if rows else {}
 
 

@@ -139,7 +139,7 @@ def _forward(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows):
 def _backward(fn, form, rows, residuals, cotangents):
   dhidden_MD, dhead_VD = residuals
   ct = cotangents[0]
-  scaled = lambda x: (ct * x).astype(x.dtype)  # noqa: E731
+  scaled = lambda x: (ct * x).astype(x.dtype)
   return scaled(dhidden_MD), scaled(dhead_VD), None, None, None
 
 

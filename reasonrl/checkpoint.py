@@ -17,9 +17,6 @@ import itertools
 import json
 import os
 import pathlib
-import select
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -214,10 +211,17 @@ def load_params(path: pathlib.Path, target):
     try:
       if target is None:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        saved = checkpointer.metadata(path).item_metadata.tree
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-        return checkpointer.restore(path, jax.tree.map(place, saved))
+        saved = checkpointer.metadata(path).item_metadata
+        if saved is None:
+          raise FileNotFoundError(path)
+        target = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved.tree
+        )
       return checkpointer.restore(path, _abstract(target))
+    except FileNotFoundError as error:
+      raise records.UserError(
+        f'no parameters at {path}: the folder is of something else'
+      ) from error
     except ValueError as error:
       raise records.UserError(
         f'parameters at {path} do not fit this model: {str(error).splitlines()[0]}'
@@ -226,68 +230,3 @@ def load_params(path: pathlib.Path, target):
 
 def _abstract(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-class Stopped(Exception):
-  """Raised by `StopSignal.poll`: leave the loop, save the last finished step. `code`: exit code."""
-
-  def __init__(self, code: int):
-    super().__init__(f'stopped by {signal.Signals(code - 128).name}')
-    self.code = code
-
-
-class StopSignal:
-  """SIGTERM and Ctrl-C set a flag, nothing else; `poll` raises at a point where saving is safe.
-
-  A poll may be minutes away (a compilation, one long decode), and a preempted machine gives about
-  30 s: after `grace_s` seconds the process leaves as it is, and resumes from its newest checkpoint.
-  A second Ctrl-C leaves at once. Python runs signal handlers only between its own instructions, so
-  the clock is a thread that hears of the signal through a file descriptor.
-  """
-
-  def __init__(self, grace_s: float):
-    self._code, self._grace_s = 0, grace_s
-    self._old, self._pipe, self._old_fd = {}, (), -1
-
-  def __enter__(self) -> StopSignal:
-    if threading.current_thread() is threading.main_thread():  # notebooks may run us in another
-      self._pipe = os.pipe()
-      os.set_blocking(self._pipe[1], False)
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._received)
-      self._old_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-      threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
-    return self
-
-  def __exit__(self, *_) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-    if self._pipe:
-      signal.set_wakeup_fd(self._old_fd)
-      os.close(self._pipe[1])  # ends the thread
-
-  def _received(self, number, _frame) -> None:
-    self._code = self._code or 128 + number
-
-  def _watch(self, pipe: int) -> None:
-    """Counts down from the first signal; leaves at once on a Ctrl-C after it."""
-    end, code = None, 0
-    with open(pipe, 'rb', buffering=0) as heard:
-      while True:
-        patience = None if end is None else max(0.0, end - time.monotonic())
-        if not select.select([heard], [], [], patience)[0]:
-          os._exit(code)
-        number = heard.read(1)
-        if not number:
-          return
-        if number[0] in (signal.SIGTERM, signal.SIGINT):
-          if code and number[0] == signal.SIGINT:
-            os._exit(128 + signal.SIGINT)
-          code = code or 128 + number[0]
-          end = end or time.monotonic() + self._grace_s
-
-  def poll(self) -> None:
-    """Raises Stopped if any process was asked to stop. Every process must call it equally often."""
-    code = sharding.agree(self._code)
-    if code:
-      raise Stopped(code)

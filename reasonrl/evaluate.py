@@ -5,7 +5,8 @@
 
 1. The config is that of the run (--workdir) or the one named (--config); --config.x=1 changes it.
 2. Its phases become a single `evaluate` phase, which starts from the parameters that the run kept
-   (of --phase), or from --model: a GGUF file or its name, or a folder of parameters.
+   (of --phase), or from --model: a GGUF file or its name, a Hugging Face folder, or a folder of
+   parameters.
 3. `train.run` does the rest, into --to: metrics.jsonl (pass@1 with intervals, greedy and sampled,
    pass@k, majority@k, lengths, truncation, strict and lenient) and rollouts.jsonl (transcripts).
 """
@@ -17,6 +18,7 @@ import pathlib
 import re
 import time
 
+import ml_collections
 import rich.console
 import rich.table
 from absl import flags
@@ -24,6 +26,7 @@ from absl import flags
 from reasonrl import command_line, display, launch, logs, records
 from reasonrl.configs import common
 
+flags.adopt_module_key_flags(launch)  # --help shows them
 _PHASE = flags.DEFINE_string('phase', '', 'Which phase of the run; by default the last one.')
 _MODEL = flags.DEFINE_string('model', '', 'Weights to evaluate under --config.')
 _TO = flags.DEFINE_string('to', '', 'Folder of the results; by default a new one.')
@@ -50,10 +53,11 @@ def source(workdir: str, phase: str) -> pathlib.Path:
   Raises:
     UserError: it kept none, or none of that name.
   """
-  from reasonrl import export  # here: it imports JAX
+  from reasonrl import phases, steps  # here: they import JAX
 
   path = pathlib.Path(workdir).expanduser().absolute()
-  kept = export.finished(export.read_config(path), path)
+  saved = ml_collections.ConfigDict(logs.read_config(path))
+  kept = phases.finished(saved, steps.STEPS, path)
   if phase and phase not in kept:
     raise records.UserError(f'--phase={phase!r} is not one of {", ".join(kept)}')
   return path / 'phases' / (phase or list(kept)[-1])
@@ -71,8 +75,8 @@ def prepare(config, workdir: str, phase: str, model: str):
     saved = common.tokenizer('saved')
     saved.path = str(pathlib.Path(workdir).expanduser().absolute() / 'tokenizer')
     config.tokenizer = saved
-  elif os.path.isdir(model):
-    config.evaluate.init = model
+  elif os.path.isdir(model) and not os.path.exists(f'{model}/config.json'):
+    config.evaluate.init = model  # what a run kept; a Hugging Face folder has a config.json
   else:
     config.models[config.evaluate.trains].weights = model
   return config.lock()
@@ -109,21 +113,19 @@ def main(argv: list[str]) -> int:
     raise records.UserError('--distributed needs --to, a folder that every host sees')
   config = prepare(values.config, values.workdir, values.phase, values.model)
   into = pathlib.Path(values.workdir, 'evaluations') if values.workdir else pathlib.Path('runs')
-  name = pathlib.Path(config.evaluate.init if values.workdir else values.model).stem
+  name = pathlib.Path(config.evaluate.init if values.workdir else values.model).name
   workdir = values.to or str(into / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}')
   code = launch.start(config, workdir)
 
   import jax
 
-  from reasonrl import report
-
   if jax.process_index():
     return code
-  rows = report.read_rows(pathlib.Path(workdir, logs.METRICS))
+  rows = logs.read_rows(pathlib.Path(workdir, logs.METRICS))
   console = rich.console.Console(highlight=False)
   if rows:
     console.print(table(rows[-1]))
-    for sample in report.read_rows(pathlib.Path(workdir, logs.ROLLOUTS))[-SHOWN:]:
+    for sample in logs.read_rows(pathlib.Path(workdir, logs.ROLLOUTS))[-SHOWN:]:
       console.print(display.transcript(sample, console.width))
     console.print(f'all of it: {workdir}')
   return code

@@ -7,15 +7,12 @@ step, so two evaluations differ by their parameters alone.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 
 import numpy as np
 
-from reasonrl import records, rl_math, sharding, types
-
-Z95 = 1.959963984540054
+from reasonrl import records, rl_math, rollouts, sharding, stats, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,56 +21,6 @@ class Evaluation:
 
   num_examples: int
   correct: str  # the reward that means 'right', 1 or 0, where the example names no other
-
-
-def wilson(p: float, n: int) -> tuple[float, float]:
-  """95 % score interval of a proportion p out of n (Wilson 1927); not empty at 0 or 1."""
-  centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-  half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-  return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def pass_at_k(n: int, c, k: int) -> np.ndarray:
-  """Unbiased chance that of k of n samples, c of them right, one is right (arXiv 2107.03374 eq. 1).
-
-      1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n - c + 1}^{n} (1 - k / i)
-
-  Args:
-    n: samples of each problem.
-    c: int [P], how many of them are right.
-    k: at most n.
-  """
-  i = np.arange(1, n + 1)
-  factors = np.where(i > n - np.asarray(c)[:, None], 1 - k / i, 1.0)
-  return 1 - np.maximum(factors, 0.0).prod(1)  # fewer than k wrong ones: some factor is <= 0
-
-
-def majority(votes, right) -> float:
-  """1 if the largest group of equal votes is right, else 0 (self-consistency, arXiv 2203.11171).
-
-  A tie goes to the group whose first member comes first; 0 is no vote.
-  """
-  counts = collections.Counter(vote for vote in votes if vote)
-  if not counts:
-    return 0.0
-  winner = counts.most_common(1)[0][0]  # of equal counts the one first met
-  return float(right[list(votes).index(winner)])
-
-
-def majorities(votes, right, k: int) -> float:
-  """Mean of `majority` over the blocks of k consecutive samples; what is left over is not used."""
-  starts = range(0, len(votes) - k + 1, k)
-  return float(np.mean([majority(votes[i : i + k], right[i : i + k]) for i in starts]))
-
-
-def paired_gain(before, after) -> tuple[float, float, float]:
-  """Mean difference of per-problem results and its 95 % interval: mean +- 1.96 sd / sqrt(n).
-
-  Pairing removes the spread between easy and hard problems, which both runs share.
-  """
-  gain = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-  half = Z95 * gain.std(ddof=1) / math.sqrt(gain.size)
-  return float(gain.mean()), float(gain.mean() - half), float(gain.mean() + half)
 
 
 def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int:
@@ -137,7 +84,7 @@ def outcomes(
   for process, table in enumerate(every):
     table['group'] = [g * len(every) + process for g in table['group']]
   sizes = [len(table['group']) for table in every]
-  return types.concatenate_parts(every, sizes)
+  return rollouts.concatenate_parts(every, sizes)
 
 
 def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
@@ -198,7 +145,7 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tup
     right_R = table['right']
     right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
-    low, high = wilson(accuracy, right_P.size)
+    low, high = stats.wilson(accuracy, right_P.size)
     found = summary(table)
     found |= {'accuracy': accuracy, 'accuracy_low': low, 'accuracy_high': high}
     for name, which in (('right', right_R == 1), ('wrong', right_R != 1)):
@@ -217,10 +164,10 @@ def _of_several(table, right_R) -> dict[str, float]:
   right_PN = np.stack([right_R[rows[:n]] for rows in members])
   found, k = {}, 2
   while k <= n:
-    found[f'pass@{k}'] = float(pass_at_k(n, right_PN.sum(1), k).mean())
+    found[f'pass@{k}'] = float(stats.pass_at_k(n, right_PN.sum(1), k).mean())
     if 'vote' in table:
       ballots = [table['vote'][rows[:n]].tolist() for rows in members]
-      each = [majorities(v, r, k) for v, r in zip(ballots, right_PN, strict=True)]
+      each = [stats.majorities(v, r, k) for v, r in zip(ballots, right_PN, strict=True)]
       found[f'majority@{k}'] = float(np.mean(each))
     k *= 2
   return found

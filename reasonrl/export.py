@@ -28,9 +28,13 @@ from absl import flags, logging
 from reasonrl import (
   checkpoint,
   command_line,
+  logs,
+  phases,
   pretrained,
   records,
   sharding,
+  steps,
+  tables,
   tokenizers,
   train,
   wiring,
@@ -58,10 +62,10 @@ def write(workdir: str, phase: str, to: str, dtype: str) -> None:
   if to.exists() and (not to.is_dir() or any(to.iterdir())):
     raise records.UserError(f'{str(to)!r} exists and is not an empty folder')
   pretrained.package('safetensors')  # not after minutes of loading
-  config = read_config(source)
-  phases = finished(config, source)
-  phase = phase or next(reversed(phases))
-  section = config[wiring.lookup(phases, phase, 'phase')]
+  config = ml_collections.ConfigDict(logs.read_config(source))
+  kept = phases.finished(config, steps.STEPS, source)
+  phase = phase or next(reversed(kept))
+  section = config[tables.lookup(kept, phase, 'phase')]
   tokenizer = tokenizers.load(source / 'tokenizer')
   model = wiring.make_model(train.TABLES['model'], config.models[section.trains], tokenizer)
   whole = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)  # nothing but tokens
@@ -104,27 +108,6 @@ def write_weights(tensors: dict[str, Any], wanted: dict[str, Any], dtype: str, t
     write_json(to / huggingface.INDEX, {'metadata': total, 'weight_map': weight_map})
 
 
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config of a run."""
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise records.UserError(f'{str(workdir)!r} is not the workdir of a run: no config.json')
-  return ml_collections.ConfigDict(json.loads(path.read_text(encoding='utf-8')))
-
-
-def finished(config, workdir: pathlib.Path) -> dict[str, str]:
-  """Folder of final parameters -> its phase, in the order of the run."""
-  flat, found = wiring.positions(config, train.STEPS), {}
-  for index, (phase, _) in enumerate(flat):
-    name = wiring.kept_name(flat, index)
-    found |= {f'{name}-ema': phase, name: phase}
-  kept = {path.parent.name for path in (workdir / 'phases').glob('*/*')}  # not what only evaluated
-  found = {name: phase for name, phase in found.items() if name in kept}
-  if not found:
-    raise records.UserError(f'{str(workdir)!r} has not finished a phase: its phases/ is empty')
-  return found
-
-
 def by_name(names: dict[str, str], params) -> dict[str, Any]:
   """Tensor name -> leaf of a parameter tree."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -164,7 +147,7 @@ def write_tokenizer(tokenizer, add_bos: bool, to: pathlib.Path) -> str:
     return f'with {tokenizer.FILE}'
   if isinstance(tokenizer, tokenizers.SentencePiece) and tokenizer.verbatim:
     tokenizer.save(to)
-    piece = lambda i: None if i is None else tokenizer.id_to_piece(i)  # noqa: E731
+    piece = lambda i: None if i is None else tokenizer.id_to_piece(i)
     # This class reads the model's own algorithm (LlamaTokenizer would run any as a BPE). Equally
     # likely segmentations of a unigram model are the one case in which it may choose another.
     fields = {

@@ -37,14 +37,13 @@ class Out(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """One summand of the loss, on one head.
+  """One summand of the loss.
 
   token_loss: (out, aux) -> (loss_M, {metric: [M]}), elementwise, without weights.
   prepare: None, or (logp_BM, batch) -> {name: [B, M]}, more aux arrays for sequence-level
     quantities, at the price of a scoring pass; compiled together with it.
   """
 
-  head: str
   token_loss: Callable
   prepare: Callable | None
 
@@ -53,86 +52,6 @@ def nll(out: Out, aux) -> tuple[jax.Array, dict]:
   """-log p of the scored token: pretraining, SFT and rejection-sampled data."""
   del aux
   return -out.logp, {}
-
-
-def sequences(tokens_BT, length_B, aux_BT: dict) -> list[types.Sequence]:
-  """Rows -> sequences; a token is scored where aux_BT['weight'] > 0."""
-  out = []
-  for i, n in enumerate(length_B):
-    index = np.flatnonzero(aux_BT['weight'][i, :n] > 0)
-    aux = {name: np.asarray(x[i, index], np.float32) for name, x in aux_BT.items()}
-    out.append(types.Sequence(np.asarray(tokens_BT[i, :n], np.int32), index, aux))
-  return out
-
-
-def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
-  """Sequences -> micro-batches of `rows` rows by first fit, longest first.
-
-  The number of scored slots per row is the largest any row needs, rounded up to a quarter of the
-  row (few shapes, few compilations) and to `multiple`.
-
-  Args:
-    seqs: sequences of at most row_length tokens.
-    row_length: T of a packed row.
-    rows: rows per micro-batch on this process.
-    multiple: the scored slots of a row are a multiple of this (the mesh's tensor axis).
-
-  Returns:
-    list of host Batches, and for every sequence its (micro-batch, row, first scored slot).
-
-  Raises:
-    ValueError: a sequence is longer than row_length, or scores its first token, which nothing
-      predicts.
-  """
-  for i, seq in enumerate(seqs):
-    if seq.index_N.size and seq.index_N.min() == 0:
-      raise ValueError(f'sequence {i}: the first token of a segment cannot be scored')
-  order = sorted(range(len(seqs)), key=lambda i: -seqs[i].tokens_L.size)
-  if seqs[order[0]].tokens_L.size > row_length:
-    longest = seqs[order[0]].tokens_L.size
-    raise ValueError(f'a sequence of {longest} tokens does not fit a packed row of {row_length}')
-  free, content = np.zeros(len(seqs), np.int64) + row_length, [[] for _ in seqs]
-  for i in order:
-    row = int(np.argmax(free >= seqs[i].tokens_L.size))
-    free[row] -= seqs[i].tokens_L.size
-    content[row].append(i)
-  content = [c for c in content if c]
-  step = -(-row_length // 4)
-  # Every process must compile and run the same programs, so the shapes are agreed on.
-  need = sharding.agree(max(max(sum(seqs[i].index_N.size for i in c) for c in content), 1))
-  slots = -(-need // step) * step
-  slots += -slots % multiple
-
-  names = list(seqs[0].aux)
-  batches, place = [], [None] * len(seqs)
-  for start in range(0, sharding.agree(-(-len(content) // rows)) * rows, rows):
-    ints = lambda width, fill: np.full((rows, width), fill, np.int32)  # noqa: E731
-    tokens, positions, segments = ints(row_length, 0), ints(row_length, 0), ints(row_length, 0)
-    index = ints(slots, 1)
-    aux = {name: np.zeros((rows, slots), np.float32) for name in names}
-    for r, members in enumerate(content[start : start + rows]):
-      at = slot = 0
-      for segment, i in enumerate(members, start=1):
-        seq, n = seqs[i], seqs[i].index_N.size
-        span = slice(at, at + seq.tokens_L.size)
-        tokens[r, span], segments[r, span] = seq.tokens_L, segment
-        positions[r, span] = np.arange(seq.tokens_L.size)
-        index[r, slot : slot + n] = seq.index_N + at
-        for name in names:
-          aux[name][r, slot : slot + n] = seq.aux[name]
-        place[i] = (len(batches), r, slot)
-        at, slot = at + seq.tokens_L.size, slot + n
-    batches.append(types.Batch(tokens, positions, segments, index, aux))
-  return batches, place
-
-
-def unpack(values, seqs: list[types.Sequence], place, shape) -> np.ndarray:
-  """Per-micro-batch [B, M] values -> float32 [len(seqs), T], 0 where nothing was scored."""
-  out = np.zeros(shape, np.float32)
-  for i, (batch, row, slot) in enumerate(place):
-    n = seqs[i].index_N.size
-    out[i, seqs[i].index_N] = values[batch][row, slot : slot + n]
-  return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +81,7 @@ class Learner:
   def _fresh(self, params):
     ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
     zero = jnp.zeros((), jnp.int32)
-    return self._place(types.TrainState(params, self.tx.init(params), ema, zero, zero))
+    return self._constrain(types.TrainState(params, self.tx.init(params), ema, zero))
 
   def update(self, state: types.TrainState, batches: list[types.Batch], denominators):
     """One optimizer step over host micro-batches.
@@ -194,7 +113,7 @@ class Learner:
 
   @functools.partial(jax.jit, static_argnums=0)
   def _zeros(self, params):
-    return self._place(jax.tree.map(jnp.zeros_like, params))
+    return self._constrain(jax.tree.map(jnp.zeros_like, params))
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
   def accumulate(self, params, grads, batch: types.Batch, denominators):
@@ -225,7 +144,7 @@ class Learner:
       if value.ndim and name != 'mismatch':  # [M] -> what the metric is: a maximum, or a sum
         value = jnp.where(mask_M, value, 0.0)
         report[name] = value.max() if name.endswith('_max') else value.sum()
-    return self._place(jax.tree.map(jnp.add, grads, new)), report
+    return self._constrain(jax.tree.map(jnp.add, grads, new)), report
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def apply(self, state: types.TrainState, grads, loss):
@@ -239,15 +158,14 @@ class Learner:
     if ema is not None:
       d = self.ema_decay
       ema = jax.tree.map(lambda e, p: d * e + (1.0 - d) * p, ema, params)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     new = types.TrainState(
       params=keep(params, state.params),
       opt_state=keep(opt_state, state.opt_state),
       ema=keep(ema, state.ema),
-      step=state.step + 1,
       skipped=jnp.where(finite, 0, state.skipped + 1),
     )
-    return self._place(new), {'grad_norm': grad_norm, 'finite': finite, 'skipped': new.skipped}
+    return self._constrain(new), {'grad_norm': grad_norm, 'finite': finite, 'skipped': new.skipped}
 
   @functools.partial(jax.jit, static_argnums=0)
   def score(self, params, batch: types.Batch) -> Out:
@@ -277,10 +195,10 @@ class Learner:
     )
     hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.index_BM[:, :, None] - 1, axis=1)
     targets_BM = jnp.take_along_axis(batch.tokens_BT, batch.index_BM, axis=1)
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
     return flat(hidden_BMD), flat(targets_BM), jax.tree.map(flat, batch.aux)
 
-  def _place(self, tree):
+  def _constrain(self, tree):
     rules = self.model.sharding_rules
     return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(tree, rules, self.mesh))
 
@@ -313,6 +231,27 @@ def reduce_reports(reports_and_final) -> dict[str, float]:
     out['mismatch/mean'], out['mismatch/max'] = float(gap.mean()), float(gap.max())
     out['mismatch/p99'] = float(np.quantile(gap, 0.99))
   return out | {name: float(x) for name, x in final.items()}
+
+
+def merge_reports(reports: list[dict]) -> dict:
+  """One row from the reports of a step's updates: means, maxima; of the first, mismatch and KL.
+
+  Only the first update meets the parameters that sampled.
+  """
+  out = {}
+  for name in reports[0]:
+    values = [report[name] for report in reports]
+    if name.startswith('mismatch') or name == 'kl':
+      out[name] = values[0]
+    elif name == 'tokens':
+      out[name] = sum(values)
+    elif name == 'finite':
+      out[name] = min(values)
+    elif name.endswith('_max') or name == 'skipped':
+      out[name] = max(values)
+    else:
+      out[name] = sum(values) / len(values)
+  return out
 
 
 def save_batches(path: pathlib.Path, updates) -> None:

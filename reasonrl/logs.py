@@ -9,9 +9,10 @@ same bytes outside env.json and the `timing/` keys. Left out: TensorBoard, W&B a
 (metrics.jsonl is easy to import), and any knowledge of JAX: devices arrive as strings, metrics as
 scalars that have a `tolist`.
 
-A metrics row is {'step', 'phase', 'phase_step', 'kind': 'train' | 'eval', <metric>: number}; wall
-times have keys under `timing/`. A rollout row is {'step', 'phase', 'prompt', 'completion',
-'answer', 'right', 'reward', 'parts': {<reward>: number}, 'advantage', 'length', 'stop'}.
+A row begins with {'step', 'phase', 'iteration', 'phase_step', 'kind': 'train' | 'eval'}. A metrics
+row goes on with <metric>: number, wall times under `timing/`; a rollout row with 'prompt',
+'completion', 'answer', 'right', 'reward', 'parts': {<reward>: number}, 'advantage', 'length',
+'stop', 'index' (of the example), and 'mode' where it evaluates.
 """
 
 from __future__ import annotations
@@ -116,6 +117,24 @@ def _environment(devices: Sequence[str]) -> dict[str, Any]:
   }
 
 
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """The config of a run, as JSON has it: lists for tuples, null for None.
+
+  Raises:
+    UserError: the folder has none.
+  """
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise records.UserError(f'{str(workdir)!r} is not the workdir of a run: no config.json')
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a .jsonl file; a last line that is still being written is left out."""
+  text = path.read_text(encoding='utf-8') if path.exists() else ''
+  return [json.loads(line) for line in text.split('\n')[:-1]]
+
+
 def check_workdir(workdir: str, config: Any, may_differ: Sequence[str]) -> pathlib.Path:
   """The absolute path of a folder that this config may run in; changes nothing.
 
@@ -131,9 +150,8 @@ def check_workdir(workdir: str, config: Any, may_differ: Sequence[str]) -> pathl
   if '://' in workdir:
     raise records.UserError(f'workdir {workdir!r} is not a local path; mount it and name the mount')
   path = pathlib.Path(workdir).expanduser().absolute()
-  file = path / 'config.json'
-  if file.exists():
-    old = json.loads(file.read_text(encoding='utf-8'))
+  if (path / 'config.json').exists():
+    old = read_config(path)
     refused = [
       f'{field}: {values}'
       for field, values in config_differences(old, _plain(config.to_dict())).items()

@@ -16,6 +16,8 @@ from ml_collections import config_flags
 
 from reasonrl import command_line, launch, records
 
+flags.adopt_module_key_flags(launch)  # --help shows them
+
 
 def new_workdir(config_file: str) -> str:
   """'configs/r1_zero.py:debug' -> 'runs/r1_zero-debug-20260131-235959'."""

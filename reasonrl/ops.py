@@ -1,4 +1,4 @@
-"""The only door to the kernels: picks the back end and wraps `shard_map`.
+"""The kernels as the rest of the code calls them, wrapped in `shard_map`.
 
 On a mesh the scored tokens are split over all three axes, the head matrix is gathered once per call
 (not per chunk), and the gradient of the head is summed over the mesh once per call.

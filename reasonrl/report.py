@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import collections
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import matplotlib.figure
 import matplotlib.ticker
 from absl import flags
 
-from reasonrl import command_line, evaluation, logs, records
+from reasonrl import command_line, logs, records, stats
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f'
 
@@ -55,12 +54,6 @@ PANELS = (
   ),
   ('Gradient norm', 'log', (('before clipping', 'train', 'grad_norm', GREY),)),
 )
-
-
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a .jsonl file; a last line that is still being written is left out."""
-  text = path.read_text(encoding='utf-8') if path.exists() else ''
-  return [json.loads(line) for line in text.split('\n')[:-1]]
 
 
 def _rows_with(rows: Sequence[Mapping[str, Any]], which: str, metric: str):
@@ -106,7 +99,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
       low, high = chosen[-1].get(f'{key}_low'), chosen[-1].get(f'{key}_high')
       gain, outcomes = '', [row.get(f'eval/{name}/outcomes') for row in (before, chosen[-1])]
       if all(outcomes):
-        mean, low, high = evaluation.paired_gain(*outcomes)
+        mean, low, high = stats.paired_gain(*outcomes)
         gain = f', gain {mean:.3f}'
       interval = '' if low is None or high is None else f'{gain} (95%: {low:.3f} to {high:.3f})'
       texts.append(f'{name} {before[key]:.3f} → {chosen[-1][key]:.3f}{interval}')
@@ -120,7 +113,7 @@ def curves_png(workdir: str | pathlib.Path) -> pathlib.Path:
     UserError: there are no metrics.
   """
   workdir = pathlib.Path(workdir)
-  rows = read_rows(workdir / logs.METRICS)
+  rows = logs.read_rows(workdir / logs.METRICS)
   if not rows:
     raise records.UserError(f'no metrics in {workdir / logs.METRICS}')
   panels = [p for p in PANELS if any(_rows_with(rows, which, key) for _, which, key, _ in p[2])]
@@ -208,11 +201,11 @@ def _draw_evaluations(axis, rows, key, label, colour) -> None:
 def html(workdir: str | pathlib.Path) -> pathlib.Path:
   """Writes report.html, one file with everything inside, and returns its path."""
   workdir = pathlib.Path(workdir)
-  rows = read_rows(workdir / logs.METRICS)
+  rows = logs.read_rows(workdir / logs.METRICS)
   picture = base64.b64encode(curves_png(workdir).read_bytes()).decode('ascii')
   last = {row['phase']: row for row in rows if row['kind'] == 'train'}
   samples = collections.defaultdict(list)
-  for row in read_rows(workdir / logs.ROLLOUTS):
+  for row in logs.read_rows(workdir / logs.ROLLOUTS):
     samples[row['step']].append(row)
   steps = sorted(samples)
   steps = [steps[i] for i in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
@@ -328,7 +321,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string(
-    'workdir', None, 'Folder of a run.'
-  )  # not above: launch has one too
+  flags.DEFINE_string('workdir', None, 'Folder of a run.')  # not above: launch has one too
   command_line.guarded(main, flags.FLAGS, '')

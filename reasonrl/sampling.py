@@ -30,7 +30,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from reasonrl import ops, records, sharding, types
 
-PURPOSES = {'train': 0, 'eval': 1}  # part of a row key; later methods add theirs
+# Part of every random key; later methods add theirs.
+PURPOSES = {'train': 0, 'eval': 1, 'minibatches': 2, 'shuffle': 3}
 BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
 
 
@@ -180,7 +181,7 @@ class Sampler:
     """Decode parameters: matrices in the compute dtype, gathered over fsdp; once per rollout."""
     shardings = sharding.param_shardings(params, self.model.decode_sharding_rules, self.mesh)
     dtype = jnp.dtype(self.model.compute_dtype)
-    cast = lambda x: x.astype(dtype) if x.ndim > 1 else x  # noqa: E731
+    cast = lambda x: x.astype(dtype) if x.ndim > 1 else x
     return jax.lax.with_sharding_constraint(jax.tree.map(cast, params), shardings)
 
   @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -195,8 +196,8 @@ class Sampler:
       params, tokens_BT, positions, segments, self.model.init_cache(B, slots)
     )
     tokens_BT = jnp.where(segments > 0, tokens_BT, 0)
-    wide = lambda fill, dtype: jnp.full((B, slots), fill, dtype)  # noqa: E731
-    return self._place(
+    wide = lambda fill, dtype: jnp.full((B, slots), fill, dtype)
+    return self._constrain(
       State(
         cache=cache,
         tokens_BS=wide(0, jnp.int32).at[:, :T].set(tokens_BT),
@@ -212,10 +213,10 @@ class Sampler:
   @functools.partial(jax.jit, static_argnums=0)
   def fork(self, state: State, rows_B) -> State:
     """Row i of the result is a copy of row rows_B[i]."""
-    take = lambda x: x[rows_B]  # noqa: E731
+    take = lambda x: x[rows_B]
     cache = jax.tree.map(lambda x: jnp.take(x, rows_B, axis=x.ndim - 4), state.cache)
     rest = {f.name: take(getattr(state, f.name)) for f in dataclasses.fields(State)[1:]}
-    return self._place(State(cache=cache, **rest))
+    return self._constrain(State(cache=cache, **rest))
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def assign(self, state: State, key_B, max_new_B) -> State:
@@ -248,7 +249,7 @@ class Sampler:
       token_B, logp_B = draw(z_BV, uniforms(state.key_B, state.length_B), spec)
       # A stopped row writes outside the array, which drops the write.
       slot_B = jnp.where(live, state.length_B, state.tokens_BS.shape[1])
-      put = lambda x, value: x.at[rows_B, slot_B].set(value, mode='drop')  # noqa: E731
+      put = lambda x, value: x.at[rows_B, slot_B].set(value, mode='drop')
       length_B = state.length_B + live
       stop_B = jnp.where(live & (length_B >= limit_B), length, state.stop_B)
       is_stop = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
@@ -277,7 +278,7 @@ class Sampler:
     count_B = jnp.minimum(count_B, S - state.length_B)
     offsets = jnp.broadcast_to(jnp.arange(T), (B, T))
     slots = jnp.where(offsets < count_B[:, None], state.length_B[:, None] + offsets, S)
-    put = lambda x, value: x.at[jnp.arange(B)[:, None], slots].set(value, mode='drop')  # noqa: E731
+    put = lambda x, value: x.at[jnp.arange(B)[:, None], slots].set(value, mode='drop')
     tokens_BS = put(state.tokens_BS, tokens_BT)
     # Feed the pending token and all new ones but the last, which becomes the pending one.
     positions = jnp.minimum(state.length_B[:, None] - 1 + offsets, S - 1)
@@ -352,7 +353,7 @@ class Sampler:
     rows, key, max_new = sharding.put_rows((rows, key, max_new), self.mesh)
     return self.assign(self.fork(state, rows), key, max_new)
 
-  def _place(self, state: State) -> State:
+  def _constrain(self, state: State) -> State:
     """Rows over data and fsdp, key/value heads over tensor where they divide."""
     batch, heads = types.ROWS, self.model.num_kv_heads % self.mesh.shape['tensor'] == 0
 

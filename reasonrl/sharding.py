@@ -118,6 +118,12 @@ def abstract(shapes, rules, mesh: Mesh):
   )
 
 
+def abstract_params(model, mesh: Mesh):
+  """Shapes, dtypes and shardings of a model's parameters, without computing them."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return abstract(shapes, model.sharding_rules, mesh)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """One whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -175,10 +181,28 @@ def same(value: int, what: str) -> int:
   Raises:
     UserError: it is not.
   """
-  high, low = agree(value), -agree(-value)
+  high, low = agree(value), agree_min(value)
   if high != low:
     raise records.UserError(f'{what} is not the same on every host: {low} to {high}')
   return value
+
+
+def agree_min(value: int) -> int:
+  """The smallest value any process holds."""
+  return -agree(-value)
+
+
+def on_all_processes(action):
+  """Does something on every process, and waits for all; what one of them refuses stops all."""
+  done, refusal = None, ''
+  try:
+    done = action()
+  except records.UserError as error:
+    refusal = str(error)
+  for told in gather(refusal):
+    if told:
+      raise records.UserError(told)
+  return done
 
 
 def gather(value) -> list:

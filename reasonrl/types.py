@@ -115,78 +115,6 @@ class Samples:
   stop_R: np.ndarray
 
 
-# The fields of Experience that are indexed by row; the others are indexed by rollout.
-_BY_ROW = (
-  *('tokens_BT', 'prompt_length_B', 'length_B', 'source_BT', 'logp_BT', 'stop_B', 'version_B'),
-  *('group_B', 'rollout_B', 'reward_BT'),
-)
-
-
-def take_rows(experience: Experience, rows) -> Experience:
-  """The experience restricted to some rows; rollouts and their rewards stay whole."""
-  pick = lambda x: None if x is None else x[rows]  # noqa: E731
-  fields = {name: pick(getattr(experience, name)) for name in _BY_ROW}
-  scores = {name: x[rows] for name, x in experience.scores.items()}
-  return dataclasses.replace(experience, scores=scores, **fields)
-
-
-def take_groups(experience: Experience, groups) -> Experience:
-  """The experience restricted to some group ids, with rollouts renumbered from 0."""
-  out = take_rows(experience, np.isin(experience.group_B, groups))
-  rollouts, rollout_B = np.unique(out.rollout_B, return_inverse=True)
-  return dataclasses.replace(
-    out,
-    rollout_B=rollout_B.astype(np.int32),
-    reward_R=out.reward_R[rollouts],
-    parts={name: x[rollouts] for name, x in out.parts.items()},
-    examples=tuple(out.examples[r] for r in rollouts),
-    completions=tuple(out.completions[r] for r in rollouts),
-  )
-
-
-def concatenate_parts(dicts: list[dict], sizes: list[int]) -> dict[str, np.ndarray]:
-  """Columns one after the other; where a dict lacks a column, it has NaN there."""
-  names = dict.fromkeys(name for columns in dicts for name in columns)
-  gap = lambda n: np.full(n, np.nan, np.float32)  # noqa: E731
-  return {
-    name: np.concatenate([c.get(name, gap(n)) for c, n in zip(dicts, sizes, strict=True)])
-    for name in names
-  }
-
-
-def concatenate(parts: list[Experience]) -> Experience:
-  """Experiences one after the other; group and rollout ids are shifted to stay distinct."""
-  T = max(e.tokens_BT.shape[1] for e in parts)
-  shifted, groups, rollouts = [], 0, 0
-  for e in parts:
-    shifted.append(
-      dataclasses.replace(e, group_B=e.group_B + groups, rollout_B=e.rollout_B + rollouts)
-    )
-    groups, rollouts = groups + e.group_B.max() + 1, rollouts + e.reward_R.size
-
-  def join(arrays):
-    if arrays[0].ndim == 2:
-      arrays = [np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in arrays]
-    return np.concatenate(arrays)
-
-  every = lambda name: [getattr(e, name) for e in shifted]  # noqa: E731
-  dense = [x is not None for x in every('reward_BT')]
-  if any(dense) and not all(dense):  # a reward gave credit per token in some of them only
-    shifted = [
-      e if e.reward_BT is not None else dataclasses.replace(e, reward_BT=np.zeros_like(e.logp_BT))
-      for e in shifted
-    ]
-  return Experience(
-    **{name: join(every(name)) for name in _BY_ROW if any(dense) or name != 'reward_BT'},
-    **({} if any(dense) else {'reward_BT': None}),
-    reward_R=join(every('reward_R')),
-    parts=concatenate_parts(every('parts'), [e.reward_R.size for e in parts]),
-    scores={name: join([e.scores[name] for e in shifted]) for name in shifted[0].scores},
-    examples=sum(every('examples'), ()),
-    completions=sum(every('completions'), ()),
-  )
-
-
 class BatchScore(NamedTuple):
   """What a reward says of all rollouts of an experience."""
 
@@ -195,36 +123,9 @@ class BatchScore(NamedTuple):
   reward_BT: np.ndarray | None  # dense credit, float32
 
 
-def rewarded(experience: Experience, scores: list[BatchScore]) -> Experience:
-  """The experience with the sum of its rewards; a rollout to which none applies has NaN."""
-  value_SR = np.stack([score.value_R for score in scores])
-  none_R = np.isnan(value_SR).all(0)
-  dense = [score.reward_BT for score in scores if score.reward_BT is not None]
-  return dataclasses.replace(
-    experience,
-    reward_R=np.where(none_R, np.nan, np.nansum(value_SR, 0)).astype(np.float32),
-    parts={name: part_R for score in scores for name, part_R in score.parts.items()},
-    reward_BT=sum(dense) if dense else None,
-  )
-
-
-def token_rewards(experience: Experience, token_values) -> np.ndarray:
-  """Credit per sampled token (one array per rollout, or None) where the tokens are: [B, T].
-
-  A rollout's values run over its policy tokens, row after row.
-  """
-  said_BT = experience.source_BT == POLICY
-  reward_BT = np.zeros(said_BT.shape, np.float32)
-  for r, values in enumerate(token_values):
-    if values is not None:
-      rows = (experience.rollout_B == r)[:, None]
-      reward_BT[said_BT & rows] = values
-  return reward_BT
-
-
 @dataclasses.dataclass(frozen=True)
 class Tools:
-  """What an environment may use; built in `wiring`.
+  """What an environment may use; built by `tooling.make_tools`.
 
   sampler: the compiled stages (prefill, decode, append, fork), for several turns.
   examples() -> the next prompts' examples.
@@ -250,8 +151,8 @@ class Tools:
 class Sequence(NamedTuple):
   """One unpadded row for the learner: its tokens, which of them are scored, and aux there."""
 
-  tokens_L: np.ndarray
-  index_N: np.ndarray
+  tokens_T: np.ndarray
+  index_M: np.ndarray
   aux: dict[str, np.ndarray]  # [N]
 
 
@@ -279,5 +180,4 @@ class TrainState:
   params: Any
   opt_state: Any
   ema: Any  # exponential moving average of params, or None
-  step: jax.Array  # int32, optimizer steps tried in this phase
   skipped: jax.Array  # int32, consecutive steps skipped because a loss or gradient was not finite

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reasonrl import checkpoint, records, sharding
+from reasonrl import checkpoint, preemption, records, sharding
 
 RULES = ((r'.*', ('tensor', 'fsdp')),)
 
@@ -143,15 +143,19 @@ def test_parameters_of_a_phase(tmp_path):
     checkpoint.load_params(tmp_path / 'sft', tree(mesh))
   with pytest.raises(records.UserError, match='do not fit this model'):
     checkpoint.load_params(tmp_path / 'rl', tree(mesh, rows=16))
+  (tmp_path / 'other').mkdir()  # a folder of something else
+  for target in (tree(mesh), None):
+    with pytest.raises(records.UserError, match='no parameters at .*other'):
+      checkpoint.load_params(tmp_path / 'other', target)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_only_sets_a_flag_that_poll_raises(number):
   before = signal.getsignal(number)
-  with checkpoint.StopSignal(grace_s=60.0) as stop:
+  with preemption.StopSignal(grace_s=60.0) as stop:
     stop.poll()
     os.kill(os.getpid(), number)
-    with pytest.raises(checkpoint.Stopped) as stopped:
+    with pytest.raises(preemption.Stopped) as stopped:
       stop.poll()
   assert stopped.value.code == 128 + number
   assert signal.getsignal(number) == before
@@ -160,8 +164,8 @@ def test_a_signal_only_sets_a_flag_that_poll_raises(number):
 def test_a_run_that_cannot_poll_leaves_after_the_grace_and_at_once_on_a_second_ctrl_c():
   program = (
     'import os, sys, time\n'
-    'from reasonrl import checkpoint\n'
-    'with checkpoint.StopSignal(grace_s=float(sys.argv[1])):\n'
+    'from reasonrl import preemption\n'
+    'with preemption.StopSignal(grace_s=float(sys.argv[1])):\n'
     '  for number in sys.argv[2:]: os.kill(os.getpid(), int(number))\n'
     '  time.sleep(60)\n'
   )

@@ -81,15 +81,15 @@ def supervised(prompt_ids, solution, row_length=16, prefill=''):
 
 def test_loss_starts_at_the_prompts_end_and_includes_eos():
   seq = supervised([5, 6, 7], 'abc')
-  np.testing.assert_array_equal(seq.tokens_L, [5, 6, 7, 10, 11, 12, 2])
-  np.testing.assert_array_equal(seq.index_N, [3, 4, 5, 6])
+  np.testing.assert_array_equal(seq.tokens_T, [5, 6, 7, 10, 11, 12, 2])
+  np.testing.assert_array_equal(seq.index_M, [3, 4, 5, 6])
   np.testing.assert_array_equal(seq.aux['weight'], np.ones(4, np.float32))
 
 
 def test_the_prefill_is_in_the_prompt_and_not_learned_twice():
   plain, prefilled = supervised([5], 'abc'), supervised([5, 10], 'abc', prefill='a')
-  np.testing.assert_array_equal(prefilled.tokens_L, plain.tokens_L)
-  np.testing.assert_array_equal(prefilled.index_N, [2, 3, 4])
+  np.testing.assert_array_equal(prefilled.tokens_T, plain.tokens_T)
+  np.testing.assert_array_equal(prefilled.index_M, [2, 3, 4])
   with pytest.raises(records.UserError, match="does not begin with prompt.prefill='x'"):
     supervised([5], 'abc', prefill='x')
 
@@ -100,7 +100,7 @@ def test_streams_have_no_example_in_common():
 
 
 def test_a_row_may_be_exactly_full():
-  assert supervised([5, 6, 7], 'abc', row_length=7).tokens_L.size == 7
+  assert supervised([5, 6, 7], 'abc', row_length=7).tokens_T.size == 7
   with pytest.raises(records.UserError, match='example 7 has 7 tokens, more than row_length=6'):
     supervised([5, 6, 7], 'abc', row_length=6)
 

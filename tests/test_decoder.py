@@ -133,7 +133,7 @@ def oracle(model, params, tokens_T):
     layer = p['layers'][f'{i:02d}']
     everything = model.sliding_window_pattern and (i + 1) % model.sliding_window_pattern == 0
     window = None if everything else model.sliding_window
-    post = lambda name, h: norm(h, layer[name]['scale']) if model.post_norms else h  # noqa: B023, E731
+    post = lambda name, h: norm(h, layer[name]['scale']) if model.post_norms else h  # noqa: B023
     h = attend(layer['attn'], norm(x, layer['attn_norm']['scale']), window)
     x = x + post('post_attn_norm', h)
     x = x + post('post_mlp_norm', mlp(layer['mlp'], norm(x, layer['mlp_norm']['scale'])))
@@ -272,7 +272,7 @@ def test_initial_values():
   model = make(width=64, mlp_width=128, vocab_size=200, param_dtype='bfloat16')
   params = jax.jit(model.init)(jax.random.key(0))
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
-  ratio = lambda x, std: np.std(np.asarray(x, np.float64)) / std  # noqa: E731
+  ratio = lambda x, std: np.std(np.asarray(x, np.float64)) / std
   layer = params['layers']['00']
   ratios = (
     ratio(params['embed']['weight'], 0.02),
@@ -503,7 +503,7 @@ THEIRS = {  # transformers' rope_parameters (of Gemma 3: of its global layers) a
 
 def from_transformers(state, num_layers: int):
   """A state dict of transformers as our parameters."""
-  value = lambda name: jnp.asarray(state[f'{name}.weight'].numpy())  # noqa: E731
+  value = lambda name: jnp.asarray(state[f'{name}.weight'].numpy())
   post = 'layers.0.pre_feedforward_layernorm.weight' in state  # else its post_attention is our mlp
   layers = {}
   for i in range(num_layers):

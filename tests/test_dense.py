@@ -89,7 +89,7 @@ def test_dtypes_follow_the_inputs():
 @pytest.mark.parametrize('dtype', [F32, BF16], ids=str)
 def test_all_three_products_are_plain_matrix_products(dtype):
   """Two-dimensional operands of the compute dtype, float32 out, float32 at full precision."""
-  loss = lambda x, w: jnp.sum(kernel.dense(x, w, dtype) ** 2)  # noqa: E731
+  loss = lambda x, w: jnp.sum(kernel.dense(x, w, dtype) ** 2)
   jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(normal(0, (2, 3, 4)), normal(1, (5, 4)))
   products = list(products_in(jaxpr.jaxpr))
   assert len(products) == 3

@@ -12,7 +12,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonrl import evaluation, records, tokenizers, types
+from reasonrl import evaluation, records, rollouts, stats, tokenizers, types
 
 # ------------------------------------------------------------------------------------ intervals
 
@@ -27,18 +27,18 @@ from reasonrl import evaluation, records, tokenizers, types
   ],
 )
 def test_wilson_by_hand(p, n, low, high):
-  assert evaluation.wilson(p, n) == pytest.approx((low, high), abs=1e-6)
+  assert stats.wilson(p, n) == pytest.approx((low, high), abs=1e-6)
 
 
 @given(st.floats(0, 1), st.integers(1, 10**6))
 def test_wilson_holds_p_and_stays_a_proportion(p, n):
-  low, high = evaluation.wilson(p, n)
+  low, high = stats.wilson(p, n)
   assert 0 <= low <= p + 1e-12 and p - 1e-12 <= high <= 1 and low < high
 
 
 def test_paired_gain_by_hand():
   # gains 1, 0, 0, 1: mean .5, sd (ddof 1) .577350, 1.959964 * .577350 / 2 = .565793
-  gain, low, high = evaluation.paired_gain([0, 0, 1, 0], [1, 0, 1, 1])
+  gain, low, high = stats.paired_gain([0, 0, 1, 0], [1, 0, 1, 1])
   assert (gain, low, high) == pytest.approx((0.5, -0.065793, 1.065793), abs=1e-6)
 
 
@@ -54,14 +54,14 @@ def test_paired_gain_by_hand():
   ],
 )
 def test_pass_at_k_by_hand(n, c, k, want):
-  assert evaluation.pass_at_k(n, [c], k) == pytest.approx([want], abs=1e-6)
+  assert stats.pass_at_k(n, [c], k) == pytest.approx([want], abs=1e-6)
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():
   right = np.array([1, 0, 0, 1, 0, 0])
   for k in range(1, 7):
     subsets = [right[list(s)].any() for s in itertools.combinations(range(6), k)]
-    assert evaluation.pass_at_k(6, [2], k) == pytest.approx([np.mean(subsets)])
+    assert stats.pass_at_k(6, [2], k) == pytest.approx([np.mean(subsets)])
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
   ],
 )
 def test_majority_by_hand(votes, right, want):
-  assert evaluation.majority(votes, right) == want
+  assert stats.majority(votes, right) == want
 
 
 def test_majorities_use_blocks():
   votes, right = [1, 2, 2, 1, 1, 6], np.array([1, 0, 0, 1, 1, 0])
-  assert evaluation.majorities(votes, right, 3) == 0.5  # 2 wins the first block, 1 the second
-  assert evaluation.majorities(votes, right, 4) == 1.0  # 1 ties with 2 and came first
-  assert evaluation.majorities(votes, right, 1) == 0.5
+  assert stats.majorities(votes, right, 3) == 0.5  # 2 wins the first block, 1 the second
+  assert stats.majorities(votes, right, 4) == 1.0  # 1 ties with 2 and came first
+  assert stats.majorities(votes, right, 1) == 0.5
 
 
 def test_pairing_removes_the_spread_between_problems():
   before = np.array([0.0, 0.5, 1.0, 0.2])
-  assert evaluation.paired_gain(before, before + 0.25) == pytest.approx((0.25, 0.25, 0.25))
+  assert stats.paired_gain(before, before + 0.25) == pytest.approx((0.25, 0.25, 0.25))
 
 
 # ------------------------------------------------------------------------------------ think length
@@ -255,7 +255,7 @@ def test_transcripts_pair_rows_with_their_rollouts():
     **{'right': True, 'parts': {'accuracy': 1.0}, 'length': 1, 'stop': 'eos', 'index': 0},
   }
   order = np.array([2, 3, 0, 1])  # rows shuffled, rollouts not
-  shuffled = evaluation.transcripts(types.take_rows(found, order), adv_BT[order], 2, 'accuracy')
+  shuffled = evaluation.transcripts(rollouts.take_rows(found, order), adv_BT[order], 2, 'accuracy')
   assert shuffled == got
   assert len(evaluation.transcripts(found, None, 99, 'accuracy')) == 4
   assert evaluation.transcripts(found, None, 0, 'accuracy') == []
@@ -289,7 +289,7 @@ def test_evaluate_greedy_and_sampled():
   asked = []
   tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
-  votes = lambda experience: np.arange(1, 1 + experience.reward_R.size)  # noqa: E731 - each its own
+  votes = lambda experience: np.arange(1, 1 + experience.reward_R.size)  # each its own
   metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {}, votes)
   # The same random keys at every evaluation: the step they see is 0.
   assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]
@@ -297,7 +297,7 @@ def test_evaluate_greedy_and_sampled():
   assert metrics['eval/sampled/outcomes'] == [0.5, 0.0, 0.5]
   assert metrics['eval/greedy/accuracy'] == pytest.approx(2 / 3)
   assert metrics['eval/sampled/accuracy'] == pytest.approx(1 / 3)
-  low, high = evaluation.wilson(1 / 3, 3)  # problems count, not samples
+  low, high = stats.wilson(1 / 3, 3)  # problems count, not samples
   assert metrics['eval/sampled/accuracy_low'] == pytest.approx(low)
   assert metrics['eval/sampled/accuracy_high'] == pytest.approx(high)
   assert metrics['eval/sampled/pass@2'] == pytest.approx(2 / 3)

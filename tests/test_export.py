@@ -18,7 +18,7 @@ import sentencepiece
 import tiny
 import tokenizers as hf
 
-from reasonrl import checkpoint, export, logs, pretrained, records, sharding, tokenizers, wiring
+from reasonrl import checkpoint, export, logs, parameters, pretrained, records, sharding, tokenizers
 from reasonrl.configs import r1_zero
 from reasonrl.models import gguf, huggingface
 
@@ -166,7 +166,7 @@ def test_a_folder_is_the_start_of_a_new_run(tmp_path, dtype):
     config.models.policy.update({**fields_of(model), 'weights': str(tmp_path / 'hf')})
     networks = {'policy': tiny.model(**{**vars(model), **changes})}
     parts = types.SimpleNamespace(config=config, models=networks, mesh=sharding.make_mesh(2, 2, 2))
-    return wiring.start_params(parts, 'policy')
+    return parameters.start(parts, 'policy')
 
   loaded = start()
   rounded = jax.tree.map(lambda x: np.asarray(x.astype(dtype).astype(jnp.float32)), params)

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import tiny
 
-from reasonrl import learner, records
+from reasonrl import learner, packing, records
 from reasonrl.algorithms import ALGORITHMS
 from reasonrl.configs import common
 from reasonrl.kernels import policy_loss
@@ -240,7 +240,7 @@ class Play:
     self.grpo = tiny.algorithm(**changes)
     model = Bandit()
     params = {'weight': jnp.asarray(start, jnp.float32)[:, None]}
-    term = learner.Term('lm', self.grpo.token_loss, None)
+    term = learner.Term(self.grpo.token_loss, None)
     self.learner = tiny.make_learner(model, params, term, learning_rate=learning_rate)
     self.state = self.learner.init(params)
     self.rng = np.random.default_rng(0)
@@ -255,7 +255,7 @@ class Play:
     weight_BT, denominator = self.grpo.weights(found)
     aux = {'weight': weight_BT, 'adv': self.grpo.advantages(found), 'old_logp': logp}
     aux |= {'ref_logp': np.full_like(logp, math.log(1 / 3)), 'sampler_logp': logp}
-    batches, _ = learner.pack(learner.sequences(tokens, found.length_B, aux), 2, G, 1)
+    batches, _ = packing.pack(packing.sequences(tokens, found.length_B, aux), 2, G, 1)
     rows = []
     for _ in range(self.grpo.num_iterations):
       self.state, reports = self.learner.update(self.state, batches, (denominator,))

@@ -219,7 +219,7 @@ def test_what_config_says_is_read_back(tmp_path, name, scaling):
 def test_rope_parameters(tmp_path, fields, theirs):
   """What transformers 5 writes: bases inside of the dict, and of Gemma 3 a dict for each kind."""
   want = {'rope_theta': 500.0, 'rope_attention_factor': None, **fields}
-  read = lambda **changes: huggingface.hyperparameters(config_json(tmp_path, **changes)).items()  # noqa: E731
+  read = lambda **changes: huggingface.hyperparameters(config_json(tmp_path, **changes)).items()
   rotary = {'rope_theta': 500.0, **theirs}
   assert read(rope_parameters=rotary) >= (want | {'rope_local_theta': None}).items()
   old = {'type': rotary.pop('rope_type'), **rotary}

@@ -18,10 +18,19 @@ MAPPED = ('kernels', 'configs', 'experiments')  # top-level folders, imported as
 
 LAYERS = (
   ('kernels',),
-  ('types', 'records', 'ops', 'rl_math', 'pretrained', 'tokenizers', 'logs', 'display', 'sharding'),
+  (
+    *('types', 'records', 'ops', 'rl_math', 'stats', 'rollouts', 'profiling', 'pretrained'),
+    *('tokenizers', 'logs', 'display', 'sharding'),
+  ),
   ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'optim'),
-  ('data', 'sampling', 'learner', 'evaluation', 'checkpoint', 'rewarding', 'envs'),
-  ('train', 'tooling', 'wiring'),
+  (
+    *('data', 'sampling', 'packing', 'learner', 'evaluation', 'checkpoint', 'preemption'),
+    *('rewarding', 'envs'),
+  ),
+  (
+    *('train', 'steps', 'held_out', 'sentinels', 'tooling', 'parameters', 'checks', 'wiring'),
+    *('phases', 'tables'),
+  ),
   ('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'experiments'),
 )
 LIBRARY = tuple(unit for layer in LAYERS[1:4] for unit in layer)
@@ -35,7 +44,7 @@ MAY_IMPORT = {
   'tokenizers': ('records', 'pretrained'),
   **{unit: LAYERS[1] for unit in LAYERS[2]},
   **{unit: SHARED for unit in LAYERS[3]},
-  **{unit: (*LIBRARY, 'wiring', 'tooling') for unit in LAYERS[4]},
+  **{unit: (*LIBRARY, *LAYERS[4][1:]) for unit in LAYERS[4]},
   **{unit: tuple(u for layer in LAYERS for u in layer) + ('configs',) for unit in LAYERS[5]},
   'configs': (),
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from reasonrl import records, rewarding, wiring
+from reasonrl import checks, records, rewarding, tables
 from reasonrl.configs import common
 from reasonrl.rewards import REWARDS
 from reasonrl.tasks import TASKS, mixture
@@ -21,7 +21,7 @@ def make(**weights):
 
 
 def build(section):
-  return wiring.make_task(TASKS, section, 'task')
+  return tables.make_task(TASKS, section, 'task')
 
 
 THREE = common.mixture(
@@ -128,17 +128,17 @@ def test_errors_name_the_member():
 
 def test_a_member_without_its_reward_is_refused():
   rewards = dict.fromkeys(('accuracy', 'addition', 'countdown'))
-  wiring.check_rewards(build(THREE), rewards)
+  checks.rewards(build(THREE), rewards)
   del rewards['countdown']
   with pytest.raises(records.UserError, match='accuracy, addition: .* games need .* countdown'):
-    wiring.check_rewards(build(THREE), rewards)
+    checks.rewards(build(THREE), rewards)
 
 
 def test_every_member_gets_its_own_reward_and_no_other():
   task = build(THREE)
   sections = common.rewards(accuracy=1.0, addition=1.0, countdown=1.0)
   rewards = {
-    name: (wiring.build(REWARDS[name], fields, 'weight'), fields.weight)
+    name: (tables.build(REWARDS[name], fields, 'weight'), fields.weight)
     for name, fields in sections.items()
   }
   examples = [task.example('train', i) for i in range(24)]

@@ -124,7 +124,7 @@ def test_lr_scale_multiplies_step_and_decay():
   cfg = functools.partial(tiny.optimizer, weight_decay=((r'.*', 0.1),))
   whole, _ = run(cfg(), steps=1)
   half, _ = run(cfg(lr_scale=((r'embed', 0.5), (r'.*', 1.0))), steps=1)
-  move = lambda tree, name: flat(tree)[name] - flat(PARAMS)[name]  # noqa: E731
+  move = lambda tree, name: flat(tree)[name] - flat(PARAMS)[name]
   for name, factor in (('embed/weight', 0.5), ('o/weight', 1.0)):
     np.testing.assert_allclose(move(half, name), factor * move(whole, name), atol=1e-7)
 

@@ -28,7 +28,7 @@ def loss_fn(logp, entropy, aux):
 
 def inputs(M, D, V, seed=0, dtype=F32):
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), F32)  # noqa: E731
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), F32)
   head = 0.5 * normal(V, D)
   targets = jnp.asarray(rng.integers(0, V, M), jnp.int32)
   aux = {'weight': jnp.abs(normal(M)), 'adv': normal(M), 'old': normal(M) - math.log(V)}
@@ -38,13 +38,13 @@ def inputs(M, D, V, seed=0, dtype=F32):
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
 def fused(hidden, head, bias, targets, aux, fn, form, rows):
   run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows)
-  loss = lambda *a: run(*a, bias, targets, aux)  # noqa: E731
+  loss = lambda *a: run(*a, bias, targets, aux)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def reference(hidden, head, bias, targets, aux, fn, form):
-  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, aux, fn, form)  # noqa: E731
+  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, aux, fn, form)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
@@ -104,7 +104,7 @@ def test_entropy_gradient_by_hand():
   """Two words, p = (1/4, 3/4): H = .562335, dH/dz = (p0 p1 log 3, -p0 p1 log 3) = +-.205990."""
   head = jnp.array([[0.0], [math.log(3.0)]])
   args = (jnp.ones((1, 1)), head, jnp.zeros(2), jnp.array([0]), {})
-  only_entropy = lambda logp, entropy, aux: (entropy, {})  # noqa: E731
+  only_entropy = lambda logp, entropy, aux: (entropy, {})
   (value, _), (_, dhead) = fused(*args, only_entropy, (1.0, None, 1.0, F32), 1)
   assert float(value) == pytest.approx(0.562335, abs=1e-6)
   np.testing.assert_allclose(dhead[:, 0], [0.205990, -0.205990], atol=1e-6)
@@ -126,7 +126,7 @@ def test_bfloat16_is_close_to_float32():
   """bf16 operands, float32 sums: relative errors of a per cent; dtypes follow the operands."""
   args = inputs(32, 16, 40, dtype=BF16)
   args32 = [x.astype(F32) for x in args[:3]] + list(args[3:])
-  nll = lambda logp, entropy, aux: (-aux['weight'] * logp, {})  # noqa: E731
+  nll = lambda logp, entropy, aux: (-aux['weight'] * logp, {})
   (got, _), grads = fused(*args, nll, (1.0, None, 1.0, BF16), 8)
   (want, _), grads32 = fused(*args32, nll, (1.0, None, 1.0, F32), 8)
   assert got.dtype == F32 and [g.dtype for g in grads] == [BF16, BF16]
@@ -154,7 +154,7 @@ def test_chunk_size_changes_rounding_alone():
 def test_a_cotangent_scales_both_gradients():
   hidden, head, bias, targets, aux = inputs(5, 4, 6)
   form = (1.0, None, 1.0, F32)
-  loss = lambda *a: -2.5 * policy_loss.token_loss(*a, bias, targets, aux, loss_fn, form, 2)[0]  # noqa: E731
+  loss = lambda *a: -2.5 * policy_loss.token_loss(*a, bias, targets, aux, loss_fn, form, 2)[0]
   scaled = jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head)
   _, grads = fused(hidden, head, bias, targets, aux, loss_fn, form, 2)
   assert_close(scaled, [-2.5 * g for g in grads], 1e-6)

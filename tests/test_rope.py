@@ -93,6 +93,6 @@ def test_rotation_by_hand():
 def test_products_depend_on_the_distance_alone():
   rng = np.random.default_rng(0)
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-  at = lambda x, position: turn(x, [[position]], 1000.0)  # noqa: E731
+  at = lambda x, position: turn(x, [[position]], 1000.0)
   products = [jnp.sum(at(q, 3 + shift) * at(k, shift)) for shift in (0, 7, 300)]
   close(products, [products[0]] * 3, 1e-4)

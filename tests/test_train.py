@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from reasonrl import checkpoint, records, rewarding, train, types
+from reasonrl import checkpoint, records, rewarding, sentinels, train, types
 from reasonrl.algorithms import grpo
 from reasonrl.configs import common, r1_zero
 
@@ -159,19 +159,21 @@ def test_shuffled_rewards_reach_the_advantages_and_no_metric(tmp_path, pool, mon
   assert row['reward/likely'] == plain['reward/likely']
   assert row['grad_norm'] != plain['grad_norm']
   assert [s['completion'] for s in mixed] == [s['completion'] for s in told]
-  rewards = lambda samples: [s['reward'] for s in samples]  # noqa: E731
+  rewards = lambda samples: [s['reward'] for s in samples]
   assert rewards(mixed) != rewards(told) and sorted(rewards(mixed)) == sorted(rewards(told))
 
 
 def test_sentinels():
   row = {'finite': 1.0, 'mismatch/max': 9e-5, 'mismatch/mean': 0.0, 'kl': 0.0}
   row['unmasked_tokens'] = 0.0
-  assert train.sentinels(row, True, 'float32') == []
-  for bad in ({'mismatch/max': 2e-4}, {'kl': 2e-5}, {'unmasked_tokens': 1.0}, {'finite': 0.0}):
-    assert len(train.sentinels(row | bad, True, 'float32')) == 1, bad
-  assert train.sentinels(row | {'kl': 2e-5}, False, 'float32') == []  # later it may move
-  assert train.sentinels(row | {'mismatch/max': 1.6}, False, 'bfloat16') == []
-  assert len(train.sentinels(row | {'mismatch/mean': 0.06}, False, 'bfloat16')) == 1
+  assert sentinels.warnings(row, True, 'float32') == []
+  bads = [{'mismatch/max': 2e-4}, {'kl': 2e-5}, {'unmasked_tokens': 1.0}, {'finite': 0.0}]
+  bads += [{'mismatch/max': np.nan}, {'kl': np.nan}]
+  for bad in bads:
+    assert len(sentinels.warnings(row | bad, True, 'float32')) == 1, bad
+  assert sentinels.warnings(row | {'kl': 2e-5}, False, 'float32') == []  # later it may move
+  assert sentinels.warnings(row | {'mismatch/max': 1.6}, False, 'bfloat16') == []
+  assert len(sentinels.warnings(row | {'mismatch/mean': 0.06}, False, 'bfloat16')) == 1
 
 
 def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool):
@@ -275,7 +277,7 @@ def finish(process):
 
 
 def assert_same_end(run, other):
-  plain = lambda workdir: [  # noqa: E731
+  plain = lambda workdir: [
     {k: v for k, v in row.items() if not k.startswith('timing/')} for row in lines(workdir)
   ]
   assert plain(run) == plain(other)
@@ -367,6 +369,17 @@ def test_a_full_disk_loses_nothing(tmp_path):
     ('log.every', 0, 'log.every=0 must be at least 1'),
     ('rl.prompts_per_step', 0, 'rl.prompts_per_step=0 must be at least 1'),
     ('evaluation.env.num_generations', 0, 'num_generations=0 must be at least 1'),
+    ('evaluation.env.max_completion_length', 0, 'max_completion_length=0 must be at least 1'),
+    ('rl.rows_per_batch', 0, 'rl.rows_per_batch=0 must be at least 1'),
+    ('rl.env.slots', -1, 'rl.env.slots=-1 must be at least 0'),
+    ('rl.steps', -1, 'rl.steps=-1 must be at least 0'),
+    ('seed', -1, 'seed=-1 must be at least 0'),
+    ('rl.kind', 'evaluate', 'rl.steps=.* must be 0: such a phase only evaluates'),
+    (
+      'rl.reads',
+      {'critic': {'model': 'policy', 'init': 'scratch'}},
+      'reads.critic: no score reads',
+    ),
     ('models.policy.param_dtype', 'bfloat16', 'train float32 parameters'),
     ('rl.algorithm.num_minibatches', 1000, 'num_minibatches=1000 is more than'),
     ('pretrain.init', 'rl', 'an earlier phase .there is none.'),

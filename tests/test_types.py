@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from reasonrl import records, types
+from reasonrl import records, rollouts, types
 
 
 def sample(rewards=(1.0, 0.0, 0.5, 0.25), groups=(0, 0, 1, 1), lengths=(1, 3, 2, 2), **changes):
@@ -19,7 +19,7 @@ def threads():
   """Five rows, three rollouts: rollout 0 and 2 have two rows each."""
   whole = sample((0.1, 0.2, 0.3), (0, 0, 4), (1, 2, 3))
   rows = np.array([0, 0, 1, 2, 2])
-  return types.take_rows(whole, rows)
+  return rollouts.take_rows(whole, rows)
 
 
 def test_mask_is_one_exactly_on_policy_tokens():
@@ -32,7 +32,7 @@ def test_mask_is_one_exactly_on_policy_tokens():
 def test_take_rows_keeps_rollouts_whole():
   whole = sample(reward_BT=np.ones((4, 5), np.float32))
   whole = dataclasses.replace(whole, scores={'old_logp': np.arange(20.0).reshape(4, 5)})
-  part = types.take_rows(whole, np.array([2, 0]))
+  part = rollouts.take_rows(whole, np.array([2, 0]))
   np.testing.assert_array_equal(part.tokens_BT, whole.tokens_BT[[2, 0]])
   np.testing.assert_array_equal(part.group_B, [1, 0])
   np.testing.assert_array_equal(part.rollout_B, [2, 0])
@@ -44,28 +44,28 @@ def test_take_rows_keeps_rollouts_whole():
 
 def test_every_field_with_a_row_axis_is_picked():
   whole = sample(reward_BT=np.ones((4, 5), np.float32))
-  part = types.take_rows(whole, np.array([1]))
+  part = rollouts.take_rows(whole, np.array([1]))
   for field in dataclasses.fields(types.Experience):
     if field.name.endswith(('_B', '_BT')):
       assert getattr(part, field.name).shape[0] == 1, field.name
 
 
 def test_take_groups_renumbers_rollouts_and_keeps_group_ids():
-  part = types.take_groups(threads(), [4])
+  part = rollouts.take_groups(threads(), [4])
   np.testing.assert_array_equal(part.group_B, [4, 4])
   np.testing.assert_array_equal(part.rollout_B, [0, 0])
   np.testing.assert_array_equal(part.reward_R, np.float32([0.3]))
   np.testing.assert_array_equal(part.parts['accuracy'], np.float32([0.3]))
   assert [e.index for e in part.examples] == [2]
   assert [c.text for c in part.completions] == ['c2']
-  both = types.take_groups(threads(), [0, 4])
+  both = rollouts.take_groups(threads(), [0, 4])
   np.testing.assert_array_equal(both.rollout_B, [0, 0, 1, 2, 2])
 
 
 def test_take_groups_of_shuffled_rows_keeps_reward_and_row_together():
   whole = sample()
   order = np.array([3, 1, 2, 0])
-  part = types.take_groups(types.take_rows(whole, order), [1])
+  part = rollouts.take_groups(rollouts.take_rows(whole, order), [1])
   np.testing.assert_array_equal(part.tokens_BT, whole.tokens_BT[[3, 2]])
   np.testing.assert_array_equal(part.reward_R[part.rollout_B], whole.reward_R[[3, 2]])
 
@@ -76,7 +76,7 @@ def test_concatenate_shifts_ids_and_pads_to_the_widest():
   first, second = (
     dataclasses.replace(e, scores={'old_logp': e.logp_BT - 1.0}) for e in (first, second)
   )
-  joined = types.concatenate([first, second])
+  joined = rollouts.concatenate([first, second])
   assert joined.tokens_BT.shape == (7, 8)
   np.testing.assert_array_equal(joined.tokens_BT[:4, :5], first.tokens_BT)
   assert (joined.tokens_BT[:4, 5:] == 0).all() and (joined.mask_BT[:4, 5:] == 0).all()
@@ -92,14 +92,14 @@ def test_concatenate_shifts_ids_and_pads_to_the_widest():
 
 def test_concatenate_then_take_groups_is_the_part():
   first, second = sample(), sample(seed=1)
-  back = types.take_groups(types.concatenate([first, second]), [2, 3])
+  back = rollouts.take_groups(rollouts.concatenate([first, second]), [2, 3])
   np.testing.assert_array_equal(back.tokens_BT, second.tokens_BT)
   np.testing.assert_array_equal(back.rollout_B, second.rollout_B)
   np.testing.assert_array_equal(back.reward_R, second.reward_R)
 
 
 def test_concatenate_keeps_threads_of_a_rollout_together():
-  joined = types.concatenate([threads(), threads()])
+  joined = rollouts.concatenate([threads(), threads()])
   np.testing.assert_array_equal(joined.rollout_B, [0, 0, 1, 2, 2, 3, 3, 4, 5, 5])
   np.testing.assert_array_equal(joined.group_B, [0, 0, 0, 4, 4, 5, 5, 5, 9, 9])
 
@@ -108,11 +108,11 @@ def test_concatenate_fills_what_only_some_have():
   # A named part of a reward, and credit per token, may be missing from one of two rollouts.
   first = sample(parts={'accuracy': np.zeros(4, np.float32), 'accuracy/extra': np.ones(4)})
   second = dataclasses.replace(sample(), reward_BT=np.ones((4, 5), np.float32))
-  joined = types.concatenate([first, second])
+  joined = rollouts.concatenate([first, second])
   np.testing.assert_array_equal(joined.parts['accuracy/extra'], [1.0] * 4 + [np.nan] * 4)
   assert joined.parts['accuracy'].shape == (8,)
   np.testing.assert_array_equal(joined.reward_BT.sum(1), [0.0] * 4 + [5.0] * 4)
-  assert types.concatenate([first, first]).reward_BT is None
+  assert rollouts.concatenate([first, first]).reward_BT is None
 
 
 def test_rewards_add_up_and_nan_means_that_none_applies():
@@ -122,21 +122,21 @@ def test_rewards_add_up_and_nan_means_that_none_applies():
     types.BatchScore(values[0], {'a': values[0]}, None),
     types.BatchScore(values[1], {'b': values[1], 'b/x': values[0]}, dense),
   ]
-  got = types.rewarded(sample(), scores)
+  got = rollouts.rewarded(sample(), scores)
   np.testing.assert_array_equal(got.reward_R, np.float32([1.5, 2.0, 0.5, np.nan]))
   assert list(got.parts) == ['a', 'b', 'b/x'] and got.reward_R.dtype == np.float32
   np.testing.assert_array_equal(got.reward_BT, dense)
-  np.testing.assert_array_equal(types.rewarded(sample(), [scores[1]] * 2).reward_BT, 2 * dense)
-  assert types.rewarded(sample(), scores[:1]).reward_BT is None
+  np.testing.assert_array_equal(rollouts.rewarded(sample(), [scores[1]] * 2).reward_BT, 2 * dense)
+  assert rollouts.rewarded(sample(), scores[:1]).reward_BT is None
 
 
 def test_token_rewards_lie_on_the_completion():
   whole = sample((1.0, 0.0), (0, 0), (1, 3))  # prompts of two tokens
-  got = types.token_rewards(whole, [None, np.float32([1, 2, 3])])
+  got = rollouts.token_rewards(whole, [None, np.float32([1, 2, 3])])
   np.testing.assert_array_equal(got, [[0, 0, 0, 0, 0], [0, 0, 1, 2, 3]])
   # A rollout of two rows: its values run on from the first row into the second.
-  two = types.take_rows(sample((1.0,), (0,), (2,)), np.array([0, 0]))
-  got = types.token_rewards(two, [np.float32([1, 2, 3, 4])])
+  two = rollouts.take_rows(sample((1.0,), (0,), (2,)), np.array([0, 0]))
+  got = rollouts.token_rewards(two, [np.float32([1, 2, 3, 4])])
   np.testing.assert_array_equal(got, [[0, 0, 1, 2], [0, 0, 3, 4]])
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from reasonrl import learner, optim, sampling, sharding, types
+from reasonrl import learner, optim, packing, sampling, sharding, types
 from reasonrl.configs import common
 from reasonrl.models import decoder
 
@@ -71,8 +71,8 @@ def main(_) -> None:
     out = sampler.generate(state.params, requests, spec, 0, lambda: None)
     middle = time.perf_counter()
     weight = (out.source_RS == types.POLICY).astype(np.float32)
-    seqs = learner.sequences(out.tokens_RS, out.length_R, {'weight': weight})
-    batches, _ = learner.pack(seqs, row_length, 8, 1)
+    seqs = packing.sequences(out.tokens_RS, out.length_R, {'weight': weight})
+    batches, _ = packing.pack(seqs, row_length, 8, 1)
     state, reports = student.update(state, batches, (weight.sum(),))
     learner.reduce_reports(reports)
     end = time.perf_counter()
@@ -81,9 +81,11 @@ def main(_) -> None:
       train_s.append(end - middle)
   sampled, trained = rows * new, int(out.length_R.sum())
   step_s = [a + b for a, b in zip(sample_s, train_s, strict=True)]
-  spread = lambda count, seconds: [  # noqa: E731
-    round(count / s, 1) for s in (max(seconds), float(np.median(seconds)), min(seconds))
-  ]
+
+  def spread(count, seconds):
+    chosen = (max(seconds), float(np.median(seconds)), min(seconds))
+    return [round(count / s, 1) for s in chosen]
+
   result = {
     'model': MODEL.value,
     'compute_dtype': DTYPE.value,

@@ -15,13 +15,12 @@ import json
 import pathlib
 import re
 import statistics
-import sys
 
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 
-from reasonrl import records, report
+from reasonrl import command_line, logs, records
 
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of a run.')
 
@@ -60,7 +59,7 @@ def operations(folder: pathlib.Path) -> tuple[collections.Counter, float]:
 
 def main(_) -> None:
   workdir, console = pathlib.Path(_WORKDIR.value), rich.console.Console(highlight=False)
-  rows = [row for row in report.read_rows(workdir / 'metrics.jsonl') if row['kind'] == 'train']
+  rows = [row for row in logs.read_rows(workdir / 'metrics.jsonl') if row['kind'] == 'train']
   if not rows:
     raise records.UserError(f'--workdir={_WORKDIR.value!r} has no training steps in metrics.jsonl')
   for phase in dict.fromkeys(row['phase'] for row in rows):
@@ -84,8 +83,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  try:
-    app.run(main)
-  except records.UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(2)
+  command_line.guarded(main, flags.FLAGS, '')

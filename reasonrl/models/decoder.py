@@ -8,7 +8,7 @@
 Parameters are a plain nested dict with one subtree per layer, whatever the platform; with
 `scan_layers` they are stacked at trace time. Weights are [out, in].
 
-Flax Linen declares parameters (name, shape, initialiser) in `_Block` and does nothing else.
+Flax Linen is used for what is in a layer, and to name and initialise its parameters.
 Left out on purpose: dropout and mutable collections.
 """
 
@@ -62,10 +62,10 @@ def write_cache(cache_BKSC, new_BKTC, positions_BT, segments_BT):
   """Put token t of row b into slot positions[b, t]; segment 0 is not written."""
   if new_BKTC.shape[2] == 1:
     # One token per row: in place on every platform. A finished row rewrites its last token's slot.
-    put = lambda cache, new, slot: jax.lax.dynamic_update_slice(cache, new, (0, slot, 0))  # noqa: E731
+    put = lambda cache, new, slot: jax.lax.dynamic_update_slice(cache, new, (0, slot, 0))
     return jax.vmap(put)(cache_BKSC, new_BKTC, positions_BT[:, 0])
   slots = jnp.where(segments_BT > 0, positions_BT, cache_BKSC.shape[2])
-  put = lambda cache, new, slot: cache.at[:, slot].set(new, mode='drop')  # noqa: E731
+  put = lambda cache, new, slot: cache.at[:, slot].set(new, mode='drop')
   return jax.vmap(put)(cache_BKSC, new_BKTC, slots)
 
 
@@ -77,7 +77,7 @@ class _Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, positions_BT, segments_BT, see_BTS, rotation, cache):
     cfg = self.cfg
-    norm = lambda name: _Norm(cfg, cfg.width, name=name)  # noqa: E731
+    norm = lambda name: _Norm(cfg, cfg.width, name=name)
     h = norm('attn_norm')(x_BTD)
     attention = _Attention(cfg, name='attn')
     h, cache = attention(h, positions_BT, segments_BT, see_BTS, rotation, cache)
@@ -126,7 +126,7 @@ class _Attention(nn.Module):
   def __call__(self, h_BTD, positions_BT, segments_BT, see_BTS, rotation, cache):
     cfg, (B, T, D) = self.cfg, h_BTD.shape
     H, K, C = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    linear = lambda n, name: _Linear(cfg, n * C, D, 1.0, cfg.qkv_bias, name=name)  # noqa: E731
+    linear = lambda n, name: _Linear(cfg, n * C, D, 1.0, cfg.qkv_bias, name=name)
     q = linear(H, 'q')(h_BTD).reshape(B, T, H, C)
     k = linear(K, 'k')(h_BTD).reshape(B, T, K, C)
     v = linear(K, 'v')(h_BTD).reshape(B, T, K, C)
@@ -278,7 +278,7 @@ class Decoder:
     keys = jax.random.split(key, self.num_layers + 2)
     x, ids = jnp.zeros((1, 1, self.width)), jnp.zeros((1, 1), jnp.int32)
     see, rotation = jnp.ones((1, 1, 1), bool), (jnp.ones((1, 1, 1, self.head_dim // 2)),) * 2
-    table = lambda key, std: std * jax.random.normal(key, (self.vocab_size, self.width))  # noqa: E731
+    table = lambda key, std: std * jax.random.normal(key, (self.vocab_size, self.width))
     params = {
       'embed': {'weight': table(keys[0], 0.02).astype(dtype)},
       'layers': {
@@ -303,7 +303,7 @@ class Decoder:
     dtype = jnp.dtype(self.compute_dtype)
     if self.scan_layers:
       return tuple(jnp.zeros((self.num_layers, *shape), dtype) for _ in range(2))
-    zeros = lambda: jnp.zeros(shape, dtype)  # noqa: E731
+    zeros = lambda: jnp.zeros(shape, dtype)
     return tuple((zeros(), zeros()) for _ in range(self.num_layers))
 
   def hidden(self, params, inputs, positions_BT, segments_BT, cache=None):

@@ -52,7 +52,7 @@ def extract(text: str) -> str | None:
 
 
 def extract_lenient(text: str) -> str | None:
-  """`extract`, else the last number in the text. For evaluation only."""
+  """`extract`, else the last number in the text: counts what a strict format hides."""
   found = extract(text)
   if found is not None:
     return found

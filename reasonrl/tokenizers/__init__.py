@@ -13,6 +13,7 @@ and encoding what a model wrote (training runs on the ids that were sampled).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterable
@@ -24,57 +25,61 @@ from reasonrl.tokenizers.protocol import Tokenizer
 from reasonrl.tokenizers.sentence_piece import MODEL_TYPES, SentencePiece
 
 __all__ = [
-  'KINDS',
   'MODEL_TYPES',
+  'TOKENIZERS',
   'ByteLevelBPE',
   'Bytes',
   'SentencePiece',
+  'Settings',
   'Tokenizer',
   'build',
   'load',
 ]
 
-KINDS = ('bytes', 'gguf', 'saved', 'sentencepiece', 'tokenizer_json')
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Which tokenizer; every default is in `configs/common.py`."""
+
+  kind: str  # a key of TOKENIZERS
+  path: str  # of the file, GGUF name or folder that the kind reads; '' trains a sentencepiece model
+  vocab_size: int  # of a trained sentencepiece model, as are the rest; see `SentencePiece.train`
+  model_type: str
+  byte_fallback: bool
+  corpus_examples: int  # examples of the task to train on
 
 
-def build(
-  kind: str,
-  path: str,
-  vocab_size: int,
-  model_type: str,
-  byte_fallback: bool,
-  texts: Iterable[str],
-  symbols: Iterable[str],
-) -> Tokenizer:
+def _sentencepiece(cfg: Settings, texts, symbols) -> SentencePiece:
+  if cfg.path:
+    return SentencePiece.from_file(cfg.path)
+  return SentencePiece.train(texts, symbols, cfg.vocab_size, cfg.model_type, cfg.byte_fallback)
+
+
+TOKENIZERS = {  # kind -> (settings, texts, symbols) -> tokenizer
+  'bytes': lambda cfg, texts, symbols: Bytes(),
+  'gguf': lambda cfg, texts, symbols: ByteLevelBPE.from_gguf(cfg.path),
+  'saved': lambda cfg, texts, symbols: load(cfg.path),
+  'sentencepiece': _sentencepiece,
+  'tokenizer_json': lambda cfg, texts, symbols: ByteLevelBPE.from_file(cfg.path),
+}
+
+
+def build(cfg: Settings, texts: Iterable[str], symbols: Iterable[str]) -> Tokenizer:
   """The tokenizer that a config asks for.
 
   Args:
-    kind: one of KINDS.
-    path: a .model file ('' trains one); a GGUF file ('' or a name, see `pretrained.find_gguf`); a
-      tokenizer.json; the tokenizer/ folder of a run; unused by 'bytes'.
-    vocab_size: of a trained sentencepiece model, as are the rest; see `SentencePiece.train`.
-    model_type: see there.
-    byte_fallback: see there.
-    texts: see there; a generator is not touched unless a model is trained.
-    symbols: see there.
+    cfg: its section.
+    texts: the corpus; a generator is not touched unless a model is trained.
+    symbols: strings that stay whole in a trained model.
 
   Raises:
-    UserError: unknown `kind`; a missing file; a missing optional package (the message says how to
+    UserError: unknown kind; a missing file; a missing optional package (the message says how to
       install it); what the back ends raise.
   """
-  if kind == 'bytes':
-    return Bytes()
-  if kind == 'saved':
-    return load(path)
-  if kind == 'gguf':
-    return ByteLevelBPE.from_gguf(path)
-  if kind == 'tokenizer_json':
-    return ByteLevelBPE.from_file(path)
-  if kind == 'sentencepiece' and path:
-    return SentencePiece.from_file(path)
-  if kind == 'sentencepiece':
-    return SentencePiece.train(texts, symbols, vocab_size, model_type, byte_fallback)
-  raise records.UserError(f'unknown tokenizer {kind!r}; choose from {", ".join(KINDS)}')
+  if cfg.kind not in TOKENIZERS:
+    choices = ', '.join(TOKENIZERS)
+    raise records.UserError(f'unknown tokenizer {cfg.kind!r}; choose from {choices}')
+  return TOKENIZERS[cfg.kind](cfg, texts, symbols)
 
 
 def load(directory: str | os.PathLike) -> Tokenizer:

@@ -1,0 +1,162 @@
+"""What must hold before the first step: everything that a config can get wrong ends here.
+
+Each function raises UserError with one line that names the field, its value and what would do.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+
+from reasonrl import phases, records, types, wiring
+
+# The least that a number may be, wherever a section has it.
+LEAST = {
+  **dict.fromkeys(('num_examples', 'examples_per_step', 'prompts_per_step', 'row_length'), 1),
+  **dict.fromkeys(('rows_per_batch', 'max_completion_length', 'num_generations'), 1),
+  **dict.fromkeys(('max_generation_batches', 'corpus_examples', 'max_skipped', 'loss_chunk'), 1),
+  **dict.fromkeys(('save_every', 'keep_last', 'every', 'transcripts_every'), 1),
+  **dict.fromkeys(('seed', 'steps', 'eval_every', 'slots', 'transcripts', 'profile_step'), 0),
+  **dict.fromkeys(('keep_every', 'grace_s'), 0),
+}
+
+
+def numbers(config) -> None:
+  """Counts must not be too small, and must divide over the processes."""
+  nodes = {'': config} | {f'{name}.': config[name] for name in ('checkpoint', 'log', 'evaluation')}
+  nodes |= {'tokenizer.': config.tokenizer, 'evaluation.env.': config.evaluation.env}
+  for name, section in phases.sections(config).items():
+    nodes[f'{name}.'] = section
+    if 'env' in section:
+      nodes[f'{name}.env.'] = section.env
+  for where, node in nodes.items():
+    for field, least in LEAST.items():
+      if field in node and node[field] < least:
+        raise records.UserError(f'{where}{field}={node[field]} must be at least {least}')
+    if 'steps' in node and node.kind == 'evaluate' and node.steps:
+      raise records.UserError(f'{where}steps={node.steps} must be 0: such a phase only evaluates')
+    for field in ('examples_per_step', 'prompts_per_step'):
+      if field in node and node[field] % jax.process_count():
+        raise records.UserError(
+          f'{where}{field}={node[field]} does not divide over {jax.process_count()} processes'
+        )
+
+
+def check(setup: wiring.Setup, order) -> None:
+  """Everything that can be wrong with what was built."""
+  rewards(setup.task, setup.rewards)
+  for name, phase in setup.phases.items():
+    source(setup.config, order, name, phase.section.init, f'{name}.init')
+    if phase.section.kind != 'evaluate':
+      trained(setup, phase)
+    if phase.section.kind == 'reinforce':
+      reinforced(setup, order, phase)
+    sizes(setup, phase)
+    examples(setup, phase.section)
+
+
+def source(config, order, name: str, init: str, what: str) -> None:
+  """The source of parameters must be there when the phase `name` first begins."""
+  names = [n for n, _ in order]
+  before = dict.fromkeys(names[: names.index(name)])
+  earlier = [n for n in before if config[n].kind != 'evaluate']  # which keeps no parameters
+  if init not in ('previous', 'scratch', *earlier):
+    if not init or not pathlib.Path(init).is_dir():
+      raise records.UserError(
+        f"{what}={init!r} is not 'previous', 'scratch', an earlier phase "
+        f'({", ".join(earlier) or "there is none"}) or a folder of parameters'
+      )
+
+
+def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:
+  """Small updates must not round away."""
+  model = phase.section.trains
+  if setup.models[model].param_dtype != 'float32':
+    raise records.UserError(
+      f'{phase.name} trains models.{model}.param_dtype={setup.models[model].param_dtype!r}: small '
+      "updates would round away; train float32 parameters (compute_dtype may be 'bfloat16')"
+    )
+
+
+def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
+  """Environment, algorithm and reference must fit each other."""
+  name, section, env, algorithm = phase.name, phase.section, phase.env, phase.algorithm
+  algorithm.check(env.num_generations)
+  unknown = algorithm.needs - {*wiring.SCORED_WITH, 'prepare'}
+  if unknown:
+    raise records.UserError(f'{name}.algorithm needs {sorted(unknown)}, which nothing provides')
+  roles = set(wiring.SCORED_WITH.values()) - {'params'}
+  for role, read in section.reads.items():
+    if role not in roles:
+      raise records.UserError(f'{name}.reads.{role}: no score reads it, only {", ".join(roles)}')
+    if read.model not in setup.models or setup.models[read.model] != setup.models[section.trains]:
+      fitting = [m for m, model in setup.models.items() if model == setup.models[section.trains]]
+      raise records.UserError(
+        f'{name}.reads.{role}.model={read.model!r} is not a model of the shape of '
+        f'trains={section.trains!r}: {", ".join(fitting)}'
+      )
+    source(setup.config, order, name, read.init, f'{name}.reads.{role}.init')
+  rollouts = section.prompts_per_step * env.num_generations
+  if algorithm.num_minibatches > rollouts:
+    raise records.UserError(
+      f'{name}.algorithm.num_minibatches={algorithm.num_minibatches} is more than the '
+      f'{rollouts} rollouts of a step'
+    )
+  if env.temperature <= 0 or env.top_k or env.top_p < 1:
+    raise records.UserError(
+      f'{name}.env: temperature={env.temperature} top_k={env.top_k} top_p={env.top_p}: training '
+      'needs temperature > 0 and the whole distribution (top_k 0, top_p 1), else the trained '
+      'log-probabilities are not those that were sampled from'
+    )
+
+
+def sizes(setup: wiring.Setup, phase: wiring.Phase) -> None:
+  """Rollouts must fit the model's positions and a packed row, and rows the mesh."""
+  name, section, env = phase.name, phase.section, phase.env
+  room = setup.prompter.max_length
+  positions_of_model = setup.models[section.trains].max_position
+  envs = {'evaluation.env': setup.evaluation_env} | ({f'{name}.env': env} if env else {})
+  for what, each in envs.items():
+    if types.padded(room) + each.max_completion_length > positions_of_model:
+      raise records.UserError(
+        f'prompt.max_length={room} (padded to {types.padded(room)}) plus '
+        f'{what}.max_completion_length={each.max_completion_length} is more than the '
+        f'{positions_of_model} positions of the model'
+      )
+  if env and room + env.max_completion_length > section.row_length:
+    raise records.UserError(
+      f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
+      f'max_completion_length={env.max_completion_length}'
+    )
+  rows = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
+  if section.kind != 'evaluate' and section.rows_per_batch % rows:
+    raise records.UserError(
+      f'{name}.rows_per_batch={section.rows_per_batch} does not divide over data x fsdp = '
+      f'{rows} devices'
+    )
+
+
+def rewards(task, given) -> None:
+  """Where an example has a reward of its own it must be one of the run: nothing else would pay."""
+  first = [task.example('train', i) for i in range(256)]
+  members, left = [], [task]
+  while left:  # a rare member of a mixture may come later than that
+    member = left.pop()
+    members += [member.example('train', 0)]
+    left += [inner for _, inner in getattr(member, 'members', {}).values()]
+  for example in [*first, *members]:
+    name = example.meta.get(records.CHECKED_BY)
+    if name is not None and name not in given:
+      raise records.UserError(
+        f'rewards={", ".join(given)}: examples of {example.task} need the reward {name}'
+      )
+
+
+def examples(setup: wiring.Setup, section) -> None:
+  """The first training examples must fit the prompt, and for supervised phases a packed row."""
+  for example in setup.augmented(setup.task.example('train', i) for i in range(32)):
+    if section.kind == 'supervised':
+      setup.supervised_sequence(example, section.row_length)
+    else:
+      setup.prompt(example)

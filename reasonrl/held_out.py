@@ -1,0 +1,81 @@
+"""The evaluation that a run repeats, on the first distinct problems of the test split."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+
+from reasonrl import evaluation, records, tooling, types, wiring
+from reasonrl.rewards import votes
+
+
+def distinct_examples(task, split: str, count: int) -> list[records.Example]:
+  """The first `count` examples of a split whose problems differ: an interval counts each once.
+
+  Raises:
+    UserError: there are fewer.
+  """
+  found: dict[str, records.Example] = {}
+  for index in range(20 * count):
+    example = task.example(split, index)
+    found.setdefault(example.problem, example)
+    if len(found) == count:
+      return list(found.values())
+  raise records.UserError(
+    f'evaluation.num_examples={count}: only {len(found)} different {split} problems among the '
+    f'first {20 * count} examples of the task'
+  )
+
+
+def voter(setup: wiring.Setup, examples):
+  """(experience, tally) -> what each rollout votes for, see `votes`; None if a reward knows no
+  answers."""
+  correct = setup.evaluation.correct
+  names = {example.meta.get(records.CHECKED_BY, correct) for example in examples}
+  rewards = {name: setup.rewards[name][0] for name in names}
+  if not all(hasattr(reward, 'answer') for reward in rewards.values()):
+    return None
+  counted = {'vote': (votes.Votes(rewards, correct), 1.0)}
+
+  def vote(experience, tally):
+    groups = experience.group_R.tolist()
+    out = setup.pool.score(counted, experience.examples, experience.completions, groups)
+    tooling.count_failures(tally, out)
+    return out.value
+
+  return vote
+
+
+def make_evaluate(setup: wiring.Setup):
+  """(stage, train state, version) -> metrics and transcripts on the first test examples."""
+  count, n = setup.evaluation.num_examples, jax.process_count()
+  if count % n:
+    raise records.UserError(f'evaluation.num_examples={count} does not divide over {n} processes')
+  found = distinct_examples(setup.task, 'test', count)
+  examples = setup.augmented(found[jax.process_index() :: n])
+  for example in examples:  # a prompt that does not fit stops the run now, not in an hour
+    setup.prompt(example)
+
+  env = setup.evaluation_env
+  correct, vote = setup.evaluation.correct, voter(setup, found)
+  window = types.padded(setup.prompter.max_length) + env.max_completion_length
+  rows = 8 * setup.mesh.shape['data'] * setup.mesh.shape['fsdp']  # 8 a device
+
+  def evaluate(stage, state, version):
+    stage = dataclasses.replace(stage, place=(0, 0))  # the same draws in every phase
+    score = tooling.make_score(setup, stage.phase.learner, window, rows)
+    tools = tooling.make_tools(stage, 'eval', lambda: examples, score)
+    named = {'params': state.params, 'ema': state.ema, 'version': version}
+    metrics, experiences = evaluation.evaluate(
+      setup.evaluation, env, tools, named, vote and functools.partial(vote, tally=stage.tally)
+    )
+    shown = [
+      {'mode': mode, **sample}
+      for mode, experience in experiences.items()
+      for sample in evaluation.transcripts(experience, None, setup.config.log.transcripts, correct)
+    ]
+    return metrics, shown
+
+  return evaluate

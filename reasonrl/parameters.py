@@ -1,0 +1,56 @@
+"""The parameters that a phase starts from, placed on the mesh."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+
+from reasonrl import checkpoint, phases, records, sharding, wiring
+from reasonrl.models import gguf, huggingface
+
+
+def start(setup: wiring.Setup, model: str):
+  """A model's own start: the weights its config names, or random ones; placed on the mesh."""
+  network = setup.models[model]
+  target = sharding.abstract_params(network, setup.mesh)
+  weights = setup.config.models[model].weights
+  if not weights:
+    key = jax.random.key(setup.config.seed, impl='threefry2x32')
+    return jax.jit(network.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(key)
+  folder = pathlib.Path(weights).expanduser()
+  found, params = huggingface.read(folder) if folder.is_dir() else gguf.read(weights)
+  wrong = [
+    f'{name}={value!r}, not {getattr(network, name)!r}'
+    for name, value in found.items()
+    if getattr(network, name) != value
+  ]
+  if wrong:
+    raise records.UserError(f'{weights!r} needs models.{model}: {"; ".join(wrong)}')
+
+  def put(path, x, to):
+    if x.shape != to.shape:
+      raise records.UserError(
+        f'models.{model}: {sharding.path_of(path)} is {to.shape}, but {weights!r} has {x.shape}'
+      )
+    return jax.device_put(x.astype(to.dtype), to.sharding)
+
+  return jax.tree_util.tree_map_with_path(put, params, target)
+
+
+def init(setup: wiring.Setup, order, index: int, workdir: pathlib.Path, model: str, source: str):
+  """A model's parameters from `source`, as phase `index` of the order sees it.
+
+  'previous' is where the last phase that trained this model ended, before any the same as
+  'scratch': the model's own start. The name of a phase means its latest run; anything else is a
+  path.
+  """
+  runs = [i for i in range(index) if order[i][0] == source]
+  if source == 'previous':
+    sections = [setup.phases[name].section for name, _ in order[:index]]
+    runs = [i for i, s in enumerate(sections) if s.trains == model and s.kind != 'evaluate']
+  if source == 'scratch' or (source == 'previous' and not runs):
+    return start(setup, model)
+  folder = workdir / 'phases' / phases.kept_name(order, runs[-1]) if runs else pathlib.Path(source)
+  target = sharding.abstract_params(setup.models[model], setup.mesh)
+  return checkpoint.load_params(folder, target)

@@ -1,0 +1,50 @@
+"""The phases of a run: their order, and the folders in which their parameters are kept."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from reasonrl import records, tables
+
+
+def sections(config) -> dict[str, Any]:
+  """The sections of a config that `phases` may name."""
+  return {k: v for k, v in config.items() if hasattr(v, 'kind') and hasattr(v, 'trains')}
+
+
+def order(config, kinds) -> list[tuple[str, int]]:
+  """config.phases flattened to (name, iteration); a loop is a tuple ending in its repetitions."""
+  flat = []
+  for entry in config.phases:
+    if not isinstance(entry, str) and not isinstance(entry[-1], int):
+      raise records.UserError(f'the loop of phases {entry} must end in how often it is repeated')
+    names, times = ((entry,), 1) if isinstance(entry, str) else (entry[:-1], entry[-1])
+    flat += [(name, iteration) for iteration in range(times) for name in names]
+  found = sections(config)
+  for name, _ in flat:
+    tables.lookup(found, name, 'phases')
+    tables.lookup(kinds, config[name].kind, f'{name}.kind')
+  if not flat:
+    raise records.UserError(f'phases is empty: it names sections, of {", ".join(found)}')
+  return flat
+
+
+def kept_name(order, index: int) -> str:
+  """The folder under phases/ of a phase's final parameters: 'rl', or 'sft-3' inside a loop."""
+  names = [name for name, _ in order]
+  name = names[index]
+  return name if names.count(name) == 1 else f'{name}-{names[:index].count(name)}'
+
+
+def finished(config, kinds, workdir: pathlib.Path) -> dict[str, str]:
+  """Folder of final parameters -> its phase, in the order of the run."""
+  found, flat = {}, order(config, kinds)
+  for index, (phase, _) in enumerate(flat):
+    name = kept_name(flat, index)
+    found |= {f'{name}-ema': phase, name: phase}
+  kept = {path.parent.name for path in (workdir / 'phases').glob('*/*')}  # not what only evaluated
+  found = {name: phase for name, phase in found.items() if name in kept}
+  if not found:
+    raise records.UserError(f'{str(workdir)!r} has not finished a phase: its phases/ is empty')
+  return found

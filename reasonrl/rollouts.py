@@ -1,0 +1,109 @@
+"""Operations on an `Experience`: restrict it, join several, give it its rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from reasonrl import types
+
+# The fields of types.Experience that are indexed by row; the others are indexed by rollout.
+_BY_ROW = (
+  *('tokens_BT', 'prompt_length_B', 'length_B', 'source_BT', 'logp_BT', 'stop_B', 'version_B'),
+  *('group_B', 'rollout_B', 'reward_BT'),
+)
+
+
+def take_rows(experience: types.Experience, rows) -> types.Experience:
+  """The experience restricted to some rows; rollouts and their rewards stay whole."""
+  fields = {name: getattr(experience, name) for name in _BY_ROW}
+  fields = {name: None if x is None else x[rows] for name, x in fields.items()}
+  scores = {name: x[rows] for name, x in experience.scores.items()}
+  return dataclasses.replace(experience, scores=scores, **fields)
+
+
+def take_groups(experience: types.Experience, groups) -> types.Experience:
+  """The experience restricted to some group ids, with rollouts renumbered from 0."""
+  out = take_rows(experience, np.isin(experience.group_B, groups))
+  rollouts, rollout_B = np.unique(out.rollout_B, return_inverse=True)
+  return dataclasses.replace(
+    out,
+    rollout_B=rollout_B.astype(np.int32),
+    reward_R=out.reward_R[rollouts],
+    parts={name: x[rollouts] for name, x in out.parts.items()},
+    examples=tuple(out.examples[r] for r in rollouts),
+    completions=tuple(out.completions[r] for r in rollouts),
+  )
+
+
+def concatenate_parts(dicts: list[dict], sizes: list[int]) -> dict[str, np.ndarray]:
+  """Columns one after the other; where a dict lacks a column, it has NaN there."""
+  names = dict.fromkeys(name for columns in dicts for name in columns)
+  gaps = [np.full(n, np.nan, np.float32) for n in sizes]
+  return {
+    name: np.concatenate([c.get(name, gap) for c, gap in zip(dicts, gaps, strict=True)])
+    for name in names
+  }
+
+
+def concatenate(experiences: list[types.Experience]) -> types.Experience:
+  """Experiences one after the other; group and rollout ids are shifted to stay distinct."""
+  T = max(e.tokens_BT.shape[1] for e in experiences)
+  shifted, groups, rollouts = [], 0, 0
+  for e in experiences:
+    shifted.append(
+      dataclasses.replace(e, group_B=e.group_B + groups, rollout_B=e.rollout_B + rollouts)
+    )
+    groups, rollouts = groups + e.group_B.max() + 1, rollouts + e.reward_R.size
+
+  def join(arrays):
+    if arrays[0].ndim == 2:
+      arrays = [np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in arrays]
+    return np.concatenate(arrays)
+
+  def every(name):
+    return [getattr(e, name) for e in shifted]
+
+  dense = [x is not None for x in every('reward_BT')]
+  if any(dense) and not all(dense):  # a reward gave credit per token in some of them only
+    shifted = [
+      e if e.reward_BT is not None else dataclasses.replace(e, reward_BT=np.zeros_like(e.logp_BT))
+      for e in shifted
+    ]
+  return types.Experience(
+    **{name: join(every(name)) for name in _BY_ROW if any(dense) or name != 'reward_BT'},
+    **({} if any(dense) else {'reward_BT': None}),
+    reward_R=join(every('reward_R')),
+    parts=concatenate_parts(every('parts'), [e.reward_R.size for e in experiences]),
+    scores={name: join([e.scores[name] for e in shifted]) for name in shifted[0].scores},
+    examples=sum(every('examples'), ()),
+    completions=sum(every('completions'), ()),
+  )
+
+
+def rewarded(experience: types.Experience, scores: list[types.BatchScore]) -> types.Experience:
+  """The experience with the sum of its rewards; a rollout to which none applies has NaN."""
+  value_SR = np.stack([score.value_R for score in scores])
+  none_R = np.isnan(value_SR).all(0)
+  dense = [score.reward_BT for score in scores if score.reward_BT is not None]
+  return dataclasses.replace(
+    experience,
+    reward_R=np.where(none_R, np.nan, np.nansum(value_SR, 0)).astype(np.float32),
+    parts={name: part_R for score in scores for name, part_R in score.parts.items()},
+    reward_BT=sum(dense) if dense else None,
+  )
+
+
+def token_rewards(experience: types.Experience, token_values) -> np.ndarray:
+  """Credit per sampled token (one array per rollout, or None) where the tokens are: [B, T].
+
+  A rollout's values run over its policy tokens, row after row.
+  """
+  said_BT = experience.source_BT == types.POLICY
+  reward_BT = np.zeros(said_BT.shape, np.float32)
+  for r, values in enumerate(token_values):
+    if values is not None:
+      rows = (experience.rollout_B == r)[:, None]
+      reward_BT[said_BT & rows] = values
+  return reward_BT

@@ -1,0 +1,43 @@
+"""From a section of the config to the member of a table that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from reasonrl import records
+
+
+def lookup(table: dict, name: str, what: str):
+  """table[name]; an unknown name lists the choices."""
+  if name not in table:
+    raise records.UserError(f'{what}={name!r} is not one of {", ".join(sorted(table))}')
+  return table[name]
+
+
+def build(cls, section, *without: str, **built):
+  """cls(**section), leaving out the fields that are not the member's own ('name', ...).
+
+  `built` replaces fields of the section.
+  """
+  fields = {k: v for k, v in section.to_dict().items() if k not in without} | built
+  known = {f.name for f in dataclasses.fields(cls)}
+  if fields.keys() != known:
+    wrong = ', '.join(sorted(fields.keys() ^ known))
+    raise records.UserError(f'{cls.__name__} takes {sorted(known)}; unknown or missing: {wrong}')
+  return cls(**fields)
+
+
+def member(table: dict, section, what: str):
+  """The member of `table` that section.name names, with the section's other fields."""
+  return build(lookup(table, section.name, f'{what}.name'), section, 'name')
+
+
+def make_task(table: dict, section, what: str):
+  """The task of a section. Where that has `members`, each is a weight and a task section."""
+  built = {}
+  if 'members' in section:
+    built['members'] = {
+      name: (entry.weight, make_task(table, entry.task, f'{what}.members.{name}.task'))
+      for name, entry in section.members.items()
+    }
+  return build(lookup(table, section.name, f'{what}.name'), section, 'name', **built)
