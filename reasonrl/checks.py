@@ -16,6 +16,8 @@ LEAST = {
   **dict.fromkeys(('num_examples', 'examples_per_step', 'prompts_per_step', 'row_length'), 1),
   **dict.fromkeys(('rows_per_batch', 'max_completion_length', 'num_generations'), 1),
   **dict.fromkeys(('max_generation_batches', 'corpus_examples', 'max_skipped', 'loss_chunk'), 1),
+  'sampler_sync_steps': 1,
+  'sync_steps': 0,
   **dict.fromkeys(('save_every', 'keep_last', 'every', 'transcripts_every'), 1),
   **dict.fromkeys(('seed', 'steps', 'eval_every', 'slots', 'transcripts', 'profile_step'), 0),
   **dict.fromkeys(('keep_every', 'grace_s'), 0),
@@ -82,8 +84,8 @@ def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:
 def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
   """Environment, algorithm and reference must fit each other."""
   name, section, env, algorithm = phase.name, phase.section, phase.env, phase.algorithm
-  algorithm.check(env.num_generations)
-  unknown = algorithm.needs - {*wiring.SCORED_WITH, 'prepare'}
+  algorithm.check(env.num_generations, tuple(setup.rewards))
+  unknown = algorithm.needs - wiring.SCORED_WITH.keys()
   if unknown:
     raise records.UserError(f'{name}.algorithm needs {sorted(unknown)}, which nothing provides')
   roles = set(wiring.SCORED_WITH.values()) - {'params'}

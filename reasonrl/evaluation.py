@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from reasonrl import records, rl_math, rollouts, sharding, stats, types
+from reasonrl import advantages, records, rollouts, sharding, stats, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,9 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
   out['truncated'] = _mean(table['stop'] == records.Stop.LENGTH)
   out['eos_rate'] = _mean(table['stop'] == records.Stop.EOS)
   out['stopped_length'] = _mean(table['completion_length'][table['stop'] == records.Stop.EOS])
-  out['zero_variance_groups'] = rl_math.zero_variance_fraction(table['reward'], table['group'])
+  out['zero_variance_groups'] = float(
+    advantages.zero_variance(table['reward'], table['group']).mean()
+  )
   out['unmasked_tokens'] = float(table['unmasked_tokens'].sum())
   return out
 
