@@ -25,8 +25,11 @@ _PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the
 _PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
-def start(config, workdir: str) -> int:
-  """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code."""
+def start(config, workdir: str, flag: str) -> int:
+  """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code.
+
+  `flag`: the name that the workdir has on the command line.
+  """
   by_hand = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if by_hand != (None,) * 3 and (None in by_hand or not DISTRIBUTED.value):
     raise records.UserError(
@@ -48,7 +51,7 @@ def start(config, workdir: str) -> int:
       jax.distributed.initialize(*by_hand)
     from reasonrl import train
 
-    code = train.run(config, workdir, pool)
+    code = train.run(config, workdir, pool, flag)
   if code == 0:
     import jax
 
