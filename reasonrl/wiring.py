@@ -70,7 +70,7 @@ class Phase:
   section: Any
   env: Any
   algorithm: Any
-  reads: dict[str, Any]  # role -> model and init of the frozen parameters that it reads
+  reads: dict[str, Any]  # role -> model, init and sync of other parameters that it reads
   learner: learner.Learner
 
   @property
@@ -78,6 +78,18 @@ class Phase:
     """Before its first update the policy is the frozen reference."""
     ref = self.reads.get('ref')
     return ref is not None and (ref.model, ref.init) == (self.section.trains, self.section.init)
+
+  @property
+  def followers(self) -> dict[str, tuple[int, float]]:
+    """Role -> (every how many steps it follows the policy, by what share) of what it reads."""
+    out = {
+      role: (read.sync_steps, read.mixup_alpha)
+      for role, read in self.reads.items()
+      if read.sync_steps
+    }
+    if self.section.kind == 'reinforce' and self.section.sampler_sync_steps > 1:
+      out['sampler'] = (self.section.sampler_sync_steps, 1.0)
+    return out
 
 
 def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup:
