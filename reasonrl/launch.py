@@ -1,4 +1,7 @@
-"""Starts a run: the reward workers first, then JAX, so that the workers never hold it."""
+"""Starts a run: the reward workers first, then JAX, so that the workers never hold it.
+
+What needs JAX is imported inside the functions.
+"""
 
 import glob
 import importlib.util
@@ -60,3 +63,40 @@ def start(config, workdir: str, flag: str) -> int:
     if jax.process_index() == 0:
       report.write(workdir)
   return code
+
+
+def from_peers(config, given: dict[str, str]):
+  """The config with the objective of a peer's file, whose every field is reported.
+
+  `given`: peer -> path, '' for none.
+
+  Raises:
+    UserError: several files, a field without a counterpart, or no phase that reinforces.
+  """
+  from reasonrl import peers
+  from reasonrl.configs import common
+
+  files = {peer: path for peer, path in given.items() if path}
+  if len(files) > 1:
+    raise records.UserError(f'{" and ".join(f"--from_{peer}" for peer in files)}: give one of them')
+  for peer, path in files.items():
+    lines = peers.read(peer, path)
+    print(peers.report(lines), flush=True)
+    config = peers.apply(config, common.algorithm('grpo'), lines)
+  return config
+
+
+def explain(config) -> int:
+  """Prints the objective of every phase that reinforces."""
+  from reasonrl import objective, phases, tables, train
+
+  built = {}
+  for name, section in phases.sections(config).items():
+    if section.kind == 'reinforce':
+      members = (section.algorithm, 'algorithm'), (section.env, 'env')
+      built[name] = tuple(
+        tables.member(train.TABLES[what], fields, f'{name}.{what}') for fields, what in members
+      )
+      built[name][0].check(built[name][1].num_generations, tuple(config.rewards))
+  print(objective.explain(config, built))
+  return 0

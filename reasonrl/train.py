@@ -30,6 +30,7 @@ from reasonrl import (
   held_out,
   learner,
   logs,
+  objective,
   parameters,
   phases,
   preemption,
@@ -102,6 +103,8 @@ def run(config, workdir: str, pool, flag: str = '--workdir') -> int:
     contextlib.closing(logs.Metrics(path, leader)) as metrics,
     display.Display(config.log.every, leader) as screen,
   ):
+    built = {p.name: (p.algorithm, p.env) for p in setup.phases.values() if p.algorithm}
+    screen.note(objective.explain(config, built))
     try:
       return run_phases(Run(setup, order, evaluate, path, store, metrics, screen))
     except preemption.Stopped as stopped:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -126,3 +129,24 @@ def test_the_peers_come_with_it():
 def test_unknown_values_never_reach_the_card():
   with pytest.raises(records.UserError, match="surrogate='ppo' is not one of"):
     tiny.algorithm(surrogate='ppo').check(4, ())
+
+
+@pytest.mark.parametrize('peer', ['', 'trl', 'verl'])
+def test_the_program_explains_a_config_and_a_peers_file(tmp_path, peer):
+  (tmp_path / 'trl.yaml').write_text('loss_type: dr_grpo\n')
+  text = 'algorithm: {adv_estimator: rloo}\nactor_rollout_ref: {rollout: {n: 4}}\n'
+  (tmp_path / 'verl.yaml').write_text(text)
+  flags = ['--config=configs/r1_zero.py', '--explain']
+  flags += [f'--from_{peer}={peer}.yaml'] if peer else []
+  program = [sys.executable, '-m', 'reasonrl.main', *flags]
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  wants = {
+    '': '(R_i - mean of its group) / (std of its group (ddof 1) + 0.0001)',
+    'trl': "algorithm.loss_agg='token_sum_const', algorithm.loss_constant=512",
+    'verl': 'A               R_i - mean of the others of its group',
+  }
+  assert wants[peer] in done.stdout
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == ['trl.yaml', 'verl.yaml']  # nothing ran

@@ -114,7 +114,7 @@ def Pool(workers, timeout_s):
   'reasonrl/train.py': """
 import logging, os, pathlib
 from reasonrl import records
-def run(config, workdir, pool):
+def run(config, workdir, pool, flag):
   logging.getLogger('library').info('chatter')
   print('ran', config.rl.steps, workdir, pool, config.is_locked)
   if config.seed == 1:

@@ -11,6 +11,10 @@ from reasonrl.envs import single_turn
 from reasonrl.peers import trl, verl
 
 
+def apply(lines):
+  return peers.apply(r1_zero.get_config(''), common.algorithm('grpo'), lines)
+
+
 def built(config):
   fields = [config.rl.algorithm.to_dict(), config.rl.env.to_dict()]
   for section in fields:
@@ -24,7 +28,7 @@ def status(lines, field):
 
 
 def test_trls_defaults_are_our_grpo():
-  config = peers.apply(r1_zero.get_config(''), trl.read({}))
+  config = apply(trl.read({}))
   want = common.algorithm('grpo')
   assert config.rl.algorithm.to_dict() == want.to_dict()
   assert (config.rl.env.num_generations, config.rl.env.max_completion_length) == (8, 512)
@@ -34,7 +38,7 @@ def test_trls_defaults_are_our_grpo():
 @pytest.mark.parametrize('loss_type', trl.TRL_LOSSES)
 def test_every_loss_type_goes_there_and_back(loss_type):
   given = {'loss_type': loss_type, 'epsilon_high': 4.0, 'num_generations': 4}
-  algorithm, env = built(config := peers.apply(r1_zero.get_config(''), trl.read(given)))
+  algorithm, env = built(config := apply(trl.read(given)))
   algorithm.check(4, tuple(config.rewards))
   back = trl.nearest(algorithm, env, config.rl)
   assert {**trl.TRL_DEFAULTS, **back}['loss_type'] == loss_type
@@ -48,7 +52,7 @@ def test_a_trl_file_by_hand(tmp_path):
     'gradient_accumulation_steps: 2\nsync_ref_model: true\nentropy_coef: 0.01\nreport_to: wandb\n'
   )
   lines = peers.read('trl', str(tmp_path / 'trl.yaml'))
-  config = peers.apply(r1_zero.get_config(''), lines)
+  config = apply(lines)
   a = config.rl.algorithm
   assert (a.scale_rewards, a.loss_agg, a.loss_constant) == ('none', 'token_sum_const', 300)
   assert (a.beta, a.kl_estimator, a.num_minibatches) == (0.04, 'ratio_k3', 4)
@@ -72,7 +76,7 @@ def test_a_verl_file_by_hand(tmp_path):
     'data: {train_batch_size: 512}\ntrainer: {logger: console}\n'
   )
   lines = peers.read('verl', str(tmp_path / 'verl.yaml'))
-  config = peers.apply(r1_zero.get_config(''), lines)
+  config = apply(lines)
   a = config.rl.algorithm
   assert (a.epsilon, a.epsilon_high, a.dual_clip, a.log_ratio_clamp) == (0.2, 0.28, 3.0, 20.0)
   assert (a.scale_rewards, a.advantage_eps, a.zero_variance) == ('none', 1e-6, 'drop')
@@ -90,7 +94,7 @@ def test_a_verl_file_by_hand(tmp_path):
 @pytest.mark.parametrize('estimator', verl.VERL_ESTIMATORS)
 def test_every_estimator_of_verl_goes_there_and_back(estimator):
   given = {'algorithm': {'adv_estimator': estimator}}
-  config = peers.apply(r1_zero.get_config(''), verl.read(given))
+  config = apply(verl.read(given))
   algorithm, env = built(config)
   algorithm.check(4, tuple(config.rewards))
   back = verl.nearest(algorithm, env, config.rl)
@@ -116,13 +120,13 @@ def test_what_has_no_counterpart_is_said_and_not_run(peer, given, field):
   lines = peers.READERS[peer](given)
   assert status(lines, field) == 'unsupported'
   with pytest.raises(records.UserError, match=f'no counterpart here: .*{field}'):
-    peers.apply(r1_zero.get_config(''), lines)
+    apply(lines)
 
 
 def test_icepops_bounds_of_verl():
   given = {'rollout_is': 'token', 'rollout_is_threshold': '0.5_5.0'}
   given = {'algorithm': {'adv_estimator': 'grpo', 'rollout_correction': given}}
-  a = peers.apply(r1_zero.get_config(''), verl.read(given)).rl.algorithm
+  a = apply(verl.read(given)).rl.algorithm
   assert (a.importance_correction, a.importance_min, a.importance_max) == ('token_mask', 0.5, 5.0)
 
 

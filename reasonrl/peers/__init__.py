@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from reasonrl import phases, records
-from reasonrl.configs import common
 from reasonrl.peers import trl, verl
 from reasonrl.peers.lines import APPROXIMATE, EXACT, IGNORED, UNSUPPORTED, Line
 
@@ -43,8 +42,10 @@ def read(peer: str, path: str) -> list[Line]:
   return READERS[peer](given)
 
 
-def apply(config, lines: list[Line]):
+def apply(config, base, lines: list[Line]):
   """The config with all its reinforce phases as the lines say.
+
+  `base`: the section of an algorithm with the peer's formula for what the lines do not name.
 
   Raises:
     UserError: a line is unsupported, or no phase reinforces.
@@ -56,7 +57,7 @@ def apply(config, lines: list[Line]):
   for section in phases.sections(config).values():
     if section.kind != 'reinforce':
       continue
-    section.algorithm = common.algorithm('grpo')
+    section.algorithm = base.copy_and_resolve_references()
     for line in lines:
       for name, value in line.ours.items():
         *parents, last = name.split('.')
