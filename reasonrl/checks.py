@@ -18,7 +18,7 @@ LEAST = {
   **dict.fromkeys(('max_generation_batches', 'corpus_examples', 'max_skipped', 'loss_chunk'), 1),
   **dict.fromkeys(('save_every', 'keep_last', 'every', 'transcripts_every'), 1),
   **dict.fromkeys(('seed', 'steps', 'eval_every', 'slots', 'transcripts', 'profile_step'), 0),
-  **dict.fromkeys(('keep_every', 'grace_s'), 0),
+  **dict.fromkeys(('keep_every', 'grace_s', 'top_k', 'max_kept_tokens'), 0),
 }
 
 
@@ -103,11 +103,16 @@ def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
       f'{name}.algorithm.num_minibatches={algorithm.num_minibatches} is more than the '
       f'{rollouts} rollouts of a step'
     )
-  if env.temperature <= 0 or env.top_k or env.top_p < 1:
+  if env.temperature <= 0:
     raise records.UserError(
-      f'{name}.env: temperature={env.temperature} top_k={env.top_k} top_p={env.top_p}: training '
-      'needs temperature > 0 and the whole distribution (top_k 0, top_p 1), else the trained '
-      'log-probabilities are not those that were sampled from'
+      f'{name}.env.temperature={env.temperature} must be > 0: a greedy draw has no distribution'
+    )
+  drawn = (env.temperature, env.top_k, env.top_p, env.min_p, env.max_kept_tokens)
+  spec = types.Spec(*drawn, tuple(setup.tokenizer.eos_ids))  # which checks the ranges
+  if spec.truncates and env.max_kept_tokens < max(env.top_k, 1):
+    raise records.UserError(
+      f'{name}.env.max_kept_tokens={env.max_kept_tokens} must be at least {max(env.top_k, 1)} for '
+      f'top_k={env.top_k} top_p={env.top_p} min_p={env.min_p}: training needs the tokens kept'
     )
 
 

@@ -66,6 +66,7 @@ def experience(rewards, groups, lengths, prompt_length=2, vocab=11, seed=0, **ch
     reward_R=np.asarray(rewards, np.float32),
     parts={'accuracy': np.asarray(rewards, np.float32)},
     reward_BT=None,
+    kept_BTK=None,
     scores={},
     examples=tuple(records.Example('t', 'train', r, f'p{r}', 'a', None, {}) for r in range(R)),
     completions=tuple(

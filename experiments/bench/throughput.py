@@ -51,7 +51,7 @@ def main(_) -> None:
   )
   # Token 0 is the stop id and forbidden, so every row runs to its cap.
   sampler = sampling.Sampler(model, mesh, (0,))
-  spec = types.Spec(1.0, 0, 1.0, (0,))
+  spec = types.Spec(1.0, 0, 1.0, 0.0, 0, (0,))
   section = common.optim(1e-5).to_dict()
   student = learner.Learner(
     model=model,
