@@ -191,8 +191,7 @@ class Learner:
     return dataclasses.replace(batch, aux={**batch.aux, **more})
 
   def _scored(self, params, batch):
-    """Hidden state before each scored token, the tokens, their kept ids or None, and the rest of
-    aux: all flattened to [M]."""
+    """Hidden state before each scored token, the tokens, kept ids or None, aux: flat, [M, ...]."""
     hidden_BTD, _ = self.model.hidden(
       params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None
     )

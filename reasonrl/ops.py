@@ -60,7 +60,6 @@ def token_loss(
 
   if mesh.size == 1:
     return run(hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux)
-
   tokens, whole = types.TOKENS, PartitionSpec()
   return jax.shard_map(
     local,

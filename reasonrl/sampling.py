@@ -253,7 +253,7 @@ class Sampler:
     B, S = state.tokens_BS.shape
     most = min(spec.max_kept_tokens, self.model.vocab_size) if spec.truncates else 0
     if most and state.kept_BSK is None:
-      empty = {'kept_BSK': jnp.full((B, S, most), -1), 'size_B': jnp.zeros(B, jnp.int32)}
+      empty = {'kept_BSK': jnp.full((B, S, most), -1, jnp.int32), 'size_B': jnp.zeros(B, jnp.int32)}
       state = self._constrain(dataclasses.replace(state, **empty))
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
