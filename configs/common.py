@@ -338,6 +338,9 @@ def single_turn() -> ConfigDict:
       'temperature': 1.0,
       'top_k': 0,  # 0 = off
       'top_p': 1.0,
+      'min_p': 0.0,  # keeps p >= min_p x the largest p (arXiv 2407.01082); 0 = off
+      # tokens; training on a truncated draw needs the ids that were kept, more are an error
+      'max_kept_tokens': 64,
       'slots': 0,  # rows decoded at a time on each process; 0 = all
     }
   )
@@ -356,6 +359,7 @@ def evaluation() -> ConfigDict:
     }
   )
   section.env.num_generations = 1
+  section.env.max_kept_tokens = 0  # nothing trains on them
   section.env.slots = 128  # a wave that stays in a CPU's cache is faster than all rows at once
   return section
 

@@ -4,6 +4,9 @@
     logp_m = z_m,target - logsumexp_v z_mv          entropy_m = -sum_v p_mv log p_mv
     loss   = sum_m fn(logp_m, entropy_m, aux_m)
 
+For tokens that were drawn from a truncated distribution (top-k, top-p, min-p) the softmax runs over
+the ids that were kept, and v in every sum below.
+
 Two operations, both over chunks of R rows, so that nothing larger than [R, V] exists beside W and
 its gradient:
 
@@ -43,6 +46,16 @@ def _logits(hidden_RD, head_VD, bias_V, form):
   return (z_RV + bias_V[None, :]) / temperature, slope
 
 
+def _truncated(z_RV, kept_RK):
+  """z_RV with -1e9 outside the kept ids (-1: none); a row without any keeps all of them."""
+  if kept_RK is None:
+    return z_RV
+  R, V = z_RV.shape
+  id_RK = jnp.where(kept_RK < 0, V, kept_RK)  # outside of the array, which drops the write
+  inside_RV = jnp.zeros((R, V), bool).at[jnp.arange(R)[:, None], id_RK].set(True, mode='drop')
+  return jnp.where(inside_RV | jnp.all(kept_RK < 0, axis=1, keepdims=True), z_RV, -1e9)
+
+
 def _score(z_RV, targets_R):
   """logp_R, entropy_R and the log-probabilities they come from."""
   logp_RV = z_RV - jax.nn.logsumexp(z_RV, axis=-1, keepdims=True)
@@ -64,28 +77,28 @@ def _chunks(rows, tree):
   return jax.tree.map(split, tree)
 
 
-def token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows):
-  """Forward-only scoring: logp_M and entropy_M, float32. `form` and `rows` as in `token_loss`."""
+def token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows, kept_MK=None):
+  """Forward-only scoring: logp_M and entropy_M, float32. Arguments as in `token_loss`."""
 
   def one(_, chunk):
-    hidden_RD, targets_R = chunk
+    hidden_RD, targets_R, kept_RK = chunk
     z_RV, _ = _logits(hidden_RD, head_VD, bias_V, form)
-    return None, _score(z_RV, targets_R)[:2]
+    return None, _score(_truncated(z_RV, kept_RK), targets_R)[:2]
 
-  _, out = jax.lax.scan(one, None, _chunks(rows, (hidden_MD, targets_M)))
+  _, out = jax.lax.scan(one, None, _chunks(rows, (hidden_MD, targets_M, kept_MK)))
   return tuple(x.reshape(-1)[: targets_M.shape[0]] for x in out)
 
 
-def token_loss_ref(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form):
+def token_loss_ref(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, kept_MK=None):
   """The materialised twin: what autodiff makes of the formula."""
   z_MV, _ = _logits(hidden_MD, head_VD, bias_V, form)
-  logp_M, entropy_M, _ = _score(z_MV, targets_M)
+  logp_M, entropy_M, _ = _score(_truncated(z_MV, kept_MK), targets_M)
   loss_M, metrics = fn(logp_M, entropy_M, aux)
   return loss_M.sum(), metrics
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows):
+def token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows, kept_MK=None):
   """sum_m fn(logp_m, entropy_m, aux_m), differentiable in hidden_MD and head_VD only.
 
   Args:
@@ -98,23 +111,25 @@ def token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows):
     fn: (logp_R, entropy_R, aux_R) -> (loss_R, {name: metric_R}), elementwise over tokens.
     form: (scale, softcap or None, temperature, compute_dtype), static.
     rows: the most tokens per chunk, static.
+    kept_MK: int32, the ids that each token was drawn from, itself among them, padded with -1; no
+      ids at all, or None: the whole vocabulary.
 
   Returns:
     loss, float32 scalar; metrics, {name: [M] float32} without gradient.
   """
-  logp_M, entropy_M = token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows)
+  logp_M, entropy_M = token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows, kept_MK)
   loss_M, metrics = fn(logp_M, entropy_M, aux)
   return loss_M.sum(), metrics
 
 
-def _forward(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows):
+def _forward(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows, kept_MK):
   scale, _, temperature, compute_dtype = form
 
   def one(carry, chunk):
     loss, dhead_VD = carry
-    hidden_RD, targets_R, aux_R = chunk
+    hidden_RD, targets_R, aux_R, kept_RK = chunk
     z_RV, slope = _logits(hidden_RD, head_VD, bias_V, form)
-    logp_R, entropy_R, logp_RV = _score(z_RV, targets_R)
+    logp_R, entropy_R, logp_RV = _score(_truncated(z_RV, kept_RK), targets_R)
     loss_R, pull, metrics = jax.vjp(
       lambda logp, entropy: fn(logp, entropy, aux_R), logp_R, entropy_R, has_aux=True
     )
@@ -128,7 +143,7 @@ def _forward(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows):
 
   start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
   (loss, dhead_VD), (dhidden, metrics) = jax.lax.scan(
-    one, start, _chunks(rows, (hidden_MD, targets_M, aux))
+    one, start, _chunks(rows, (hidden_MD, targets_M, aux, kept_MK))
   )
   M = targets_M.shape[0]
   metrics = jax.tree.map(lambda x: x.reshape(-1)[:M], metrics)
@@ -140,7 +155,7 @@ def _backward(fn, form, rows, residuals, cotangents):
   dhidden_MD, dhead_VD = residuals
   ct = cotangents[0]
   scaled = lambda x: (ct * x).astype(x.dtype)
-  return scaled(dhidden_MD), scaled(dhead_VD), None, None, None
+  return scaled(dhidden_MD), scaled(dhead_VD), None, None, None, None
 
 
 token_loss.defvjp(_forward, _backward)

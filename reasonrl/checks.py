@@ -21,6 +21,7 @@ LEAST = {
   **dict.fromkeys(('save_every', 'keep_last', 'every', 'transcripts_every'), 1),
   **dict.fromkeys(('seed', 'steps', 'eval_every', 'slots', 'transcripts', 'profile_step'), 0),
   **dict.fromkeys(('keep_every', 'grace_s', 'learning_rate', 'warmup_steps'), 0),
+  **dict.fromkeys(('top_k', 'max_kept_tokens'), 0),
 }
 
 
@@ -47,6 +48,7 @@ def numbers(config) -> None:
 def check(setup: wiring.Setup, order) -> None:
   """Everything that can be wrong with what was built."""
   rewards(setup.task, setup.rewards)
+  draws(setup, setup.evaluation_env)
   for name, phase in setup.phases.items():
     source(setup.config, order, name, phase.section.init, f'{name}.init')
     if phase.section.kind != 'evaluate':
@@ -84,6 +86,12 @@ def weights(setup: wiring.Setup, order) -> None:
         pretrained.find_gguf(given)
 
 
+def draws(setup: wiring.Setup, env) -> types.Spec:
+  """How an environment draws; the ranges are checked by `types.Spec`."""
+  drawn = (env.temperature, env.top_k, env.top_p, env.min_p, env.max_kept_tokens)
+  return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids))
+
+
 def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:
   """Small updates must not round away."""
   model = phase.section.trains
@@ -118,11 +126,15 @@ def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
       f'{name}.algorithm.num_minibatches={algorithm.num_minibatches} is more than the '
       f'{rollouts} rollouts of a step'
     )
-  if env.temperature <= 0 or env.top_k or env.top_p < 1:
+  if env.temperature <= 0:
     raise records.UserError(
-      f'{name}.env: temperature={env.temperature} top_k={env.top_k} top_p={env.top_p}: training '
-      'needs temperature > 0 and the whole distribution (top_k 0, top_p 1), else the trained '
-      'log-probabilities are not those that were sampled from'
+      f'{name}.env.temperature={env.temperature} must be > 0: a greedy draw has no distribution'
+    )
+  spec = draws(setup, env)
+  if spec.truncates and env.max_kept_tokens < max(env.top_k, 1):
+    raise records.UserError(
+      f'{name}.env.max_kept_tokens={env.max_kept_tokens} must be at least {max(env.top_k, 1)} for '
+      f'top_k={env.top_k} top_p={env.top_p} min_p={env.min_p}: training needs the tokens kept'
     )
 
 

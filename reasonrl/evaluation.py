@@ -140,7 +140,7 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tup
     the experiences, by mode.
   """
   metrics, experiences = {}, {}
-  greedy = {'num_generations': 1, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
+  greedy = {'num_generations': 1, 'temperature': 0.0}
   for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
     experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
     table = outcomes(experience, tools.tokenizer, tools.prefill, cfg.correct, vote)

@@ -120,7 +120,7 @@ class Learner:
     """grads + the gradient of this micro-batch's share of the loss; and its report."""
 
     def loss_fn(params):
-      hidden_MD, targets_M, aux = self._scored(params, batch)
+      hidden_MD, targets_M, kept_MK, aux = self._scored(params, batch)
       loss, report = 0.0, {'tokens': jnp.sum(aux['weight'] > 0)}
       for term, denominator in zip(self.terms, denominators, strict=True):
         total, metrics = ops.token_loss(
@@ -128,6 +128,7 @@ class Learner:
           self.model.head(params),
           ops.forbid(self.model.vocab_size, self.forbidden),
           targets_M,
+          kept_MK,
           aux,
           functools.partial(_weighted, term.token_loss),
           self.form,
@@ -170,12 +171,13 @@ class Learner:
   @functools.partial(jax.jit, static_argnums=0)
   def score(self, params, batch: types.Batch) -> Out:
     """Log-probability and entropy of the scored tokens, [B, M] each; forward only."""
-    hidden_MD, targets_M, _ = self._scored(params, batch)
+    hidden_MD, targets_M, kept_MK, _ = self._scored(params, batch)
     out = ops.token_logps(
       hidden_MD,
       self.model.head(params),
       ops.forbid(self.model.vocab_size, self.forbidden),
       targets_M,
+      kept_MK,
       self.form,
       self.loss_chunk,
       self.mesh,
@@ -189,14 +191,15 @@ class Learner:
     return dataclasses.replace(batch, aux={**batch.aux, **more})
 
   def _scored(self, params, batch):
-    """Hidden state before each scored token, the tokens, and aux: all flattened to [M]."""
+    """Hidden state before each scored token, the tokens, kept ids or None, aux: flat, [M, ...]."""
     hidden_BTD, _ = self.model.hidden(
       params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None
     )
     hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.index_BM[:, :, None] - 1, axis=1)
     targets_BM = jnp.take_along_axis(batch.tokens_BT, batch.index_BM, axis=1)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    return flat(hidden_BMD), flat(targets_BM), jax.tree.map(flat, batch.aux)
+    aux = jax.tree.map(flat, batch.aux)
+    return flat(hidden_BMD), flat(targets_BM), aux.pop('kept', None), aux
 
   def _constrain(self, tree):
     rules = self.model.sharding_rules

@@ -78,6 +78,12 @@ def card(cfg: grpo.GRPO, env, section) -> list[tuple[str, str]]:
   lines.append(('aggregation', f'{formula}; {denominator.replace("{rows}", str(cfg.local_rows))}'))
   lines += [('trained tokens', _masks(cfg)), ('groups', _groups(cfg, section))]
   per_step = cfg.num_iterations * cfg.num_minibatches
+  cut = [f'{name} {getattr(env, name):g}' for name in ('top_k', 'top_p', 'min_p')]
+  cut = [text for text in cut if text not in ('top_k 0', 'top_p 1', 'min_p 0')]
+  if cut:
+    lines.append(
+      ('pi, mu', f'renormalised over the tokens that {", ".join(cut)} kept when it was drawn')
+    )
   lines.append(
     (
       'steps',

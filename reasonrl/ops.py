@@ -6,8 +6,6 @@ On a mesh the scored tokens are split over all three axes, the head matrix is ga
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,37 +26,45 @@ def forbid(vocab_size: int, ids) -> jax.Array:
   return jnp.zeros(vocab_size, jnp.float32).at[np.asarray(ids, np.int32)].set(-1e9)
 
 
-def token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows: int, mesh: Mesh):
+def token_logps(hidden_MD, head_VD, bias_V, targets_M, kept_MK, form, rows: int, mesh: Mesh):
   """logp_M, entropy_M (float32): see `kernels.policy_loss.token_logps`. M divisible by the mesh."""
-  run = functools.partial(policy_loss.token_logps, form=form, rows=rows)
+
+  def run(hidden_MD, head_VD, bias_V, targets_M, kept_MK):
+    return policy_loss.token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows, kept_MK)
+
   if mesh.size == 1:
-    return run(hidden_MD, head_VD, bias_V, targets_M)
+    return run(hidden_MD, head_VD, bias_V, targets_M, kept_MK)
   tokens, whole = types.TOKENS, PartitionSpec()
   return jax.shard_map(
     run,
     mesh=mesh,
-    in_specs=(tokens, whole, whole, tokens),
+    in_specs=(tokens, whole, whole, tokens, tokens),
     out_specs=(tokens, tokens),
     check_vma=False,
-  )(hidden_MD, head_VD, bias_V, targets_M)
+  )(hidden_MD, head_VD, bias_V, targets_M, kept_MK)
 
 
-def token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows: int, mesh: Mesh):
+def token_loss(
+  hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux, fn, form, rows: int, mesh: Mesh
+):
   """(sum of fn over tokens, {metric: [M]}): see `kernels.policy_loss.token_loss`."""
-  if mesh.size == 1:
-    return policy_loss.token_loss(hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows)
 
-  def local(hidden_MD, head_VD, bias_V, targets_M, aux):
-    loss, metrics = policy_loss.token_loss(
-      hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows
+  def run(hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux):
+    return policy_loss.token_loss(
+      hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows, kept_MK
     )
+
+  def local(*args):
+    loss, metrics = run(*args)
     return jax.lax.psum(loss, types.MESH_AXES), metrics
 
+  if mesh.size == 1:
+    return run(hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux)
   tokens, whole = types.TOKENS, PartitionSpec()
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(tokens, whole, whole, tokens, tokens),
+    in_specs=(tokens, whole, whole, tokens, tokens, tokens),
     out_specs=(whole, tokens),
     check_vma=False,
-  )(hidden_MD, head_VD, bias_V, targets_M, aux)
+  )(hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux)

@@ -13,11 +13,17 @@ from reasonrl import sharding, types
 
 
 def sequences(tokens_BT, length_B, aux_BT: dict) -> list[types.Sequence]:
-  """Rows -> sequences; a token is scored where aux_BT['weight'] > 0."""
+  """Rows -> sequences; a token is scored where aux_BT['weight'] > 0.
+
+  aux_BT holds numbers, [B, T], and ids, [B, T, K] padded with -1.
+  """
   out = []
   for i, n in enumerate(length_B):
     index = np.flatnonzero(aux_BT['weight'][i, :n] > 0)
-    aux = {name: np.asarray(x[i, index], np.float32) for name, x in aux_BT.items()}
+    aux = {
+      name: np.asarray(x[i, index], np.float32 if x.ndim == 2 else np.int32)
+      for name, x in aux_BT.items()
+    }
     out.append(types.Sequence(np.asarray(tokens_BT[i, :n], np.int32), index, aux))
   return out
 
@@ -60,13 +66,15 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
   slots = -(-need // step) * step
   slots += -slots % multiple
 
-  names = list(seqs[0].aux)
+  def unused(x):  # slots: the number is 0, and there are no ids
+    return np.full((rows, slots, *x.shape[1:]), 0 if x.ndim == 1 else -1, x.dtype)
+
   batches, where = [], [None] * len(seqs)
   for start in range(0, sharding.agree(-(-len(content) // rows)) * rows, rows):
     ints = lambda width, fill: np.full((rows, width), fill, np.int32)
     tokens, positions, segments = ints(row_length, 0), ints(row_length, 0), ints(row_length, 0)
     index = ints(slots, 1)
-    aux = {name: np.zeros((rows, slots), np.float32) for name in names}
+    aux = {name: unused(x) for name, x in seqs[0].aux.items()}
     for r, members in enumerate(content[start : start + rows]):
       offset = slot = 0
       for segment, i in enumerate(members, start=1):
@@ -75,7 +83,7 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
         tokens[r, span], segments[r, span] = seq.tokens_T, segment
         positions[r, span] = np.arange(seq.tokens_T.size)
         index[r, slot : slot + n] = seq.index_M + offset
-        for name in names:
+        for name in aux:
           aux[name][r, slot : slot + n] = seq.aux[name]
         where[i] = (len(batches), r, slot)
         offset, slot = offset + seq.tokens_T.size, slot + n

@@ -11,7 +11,7 @@ from reasonrl import types
 # The fields of types.Experience that are indexed by row; the others are indexed by rollout.
 _BY_ROW = (
   *('tokens_BT', 'prompt_length_B', 'length_B', 'source_BT', 'logp_BT', 'stop_B', 'version_B'),
-  *('group_B', 'rollout_B', 'reward_BT'),
+  *('group_B', 'rollout_B', 'reward_BT', 'kept_BTK'),
 )
 
 
@@ -49,7 +49,6 @@ def concatenate_parts(dicts: list[dict], sizes: list[int]) -> dict[str, np.ndarr
 
 def concatenate(experiences: list[types.Experience]) -> types.Experience:
   """Experiences one after the other; group and rollout ids are shifted to stay distinct."""
-  T = max(e.tokens_BT.shape[1] for e in experiences)
   shifted, groups, rollouts = [], 0, 0
   for e in experiences:
     shifted.append(
@@ -57,23 +56,28 @@ def concatenate(experiences: list[types.Experience]) -> types.Experience:
     )
     groups, rollouts = groups + e.group_B.max() + 1, rollouts + e.reward_R.size
 
-  def join(arrays):
-    if arrays[0].ndim == 2:
-      arrays = [np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in arrays]
-    return np.concatenate(arrays)
+  def join(arrays, fill=0):
+    """One array, as wide as the widest of each axis behind the first."""
+    widest = np.max([x.shape[1:] for x in arrays], axis=0)
+    pad = lambda x: [(0, 0), *((0, n - m) for m, n in zip(x.shape[1:], widest, strict=True))]
+    return np.concatenate([np.pad(x, pad(x), constant_values=fill) for x in arrays])
 
   def every(name):
     return [getattr(e, name) for e in shifted]
 
-  dense = [x is not None for x in every('reward_BT')]
-  if any(dense) and not all(dense):  # a reward gave credit per token in some of them only
-    shifted = [
-      e if e.reward_BT is not None else dataclasses.replace(e, reward_BT=np.zeros_like(e.logp_BT))
-      for e in shifted
-    ]
+  missing = {  # what stands for it where only some have it
+    'reward_BT': lambda e: np.zeros_like(e.logp_BT),
+    'kept_BTK': lambda e: np.full((*e.tokens_BT.shape, 1), -1, np.int32),
+  }
+  fields = {}
+  for name in _BY_ROW:
+    arrays = every(name)
+    if name in missing and any(x is not None for x in arrays):
+      pairs = zip(shifted, arrays, strict=True)
+      arrays = [missing[name](e) if x is None else x for e, x in pairs]
+    fields[name] = None if arrays[0] is None else join(arrays, -1 if name == 'kept_BTK' else 0)
   return types.Experience(
-    **{name: join(every(name)) for name in _BY_ROW if any(dense) or name != 'reward_BT'},
-    **({} if any(dense) else {'reward_BT': None}),
+    **fields,
     reward_R=join(every('reward_R')),
     parts=concatenate_parts(every('parts'), [e.reward_R.size for e in experiences]),
     reward_weights=experiences[0].reward_weights,

@@ -48,6 +48,8 @@ class State:
   end_B: jax.Array  # a row stops at this length
   stop_B: jax.Array
   key_B: jax.Array  # uint32 [B, 2]
+  kept_BSK: jax.Array | None  # ids each token was drawn from; None until a draw remembers them
+  size_B: jax.Array | None  # the largest kept set of a row's tokens, remembered whole or not
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -121,8 +123,7 @@ def keep_top_k(weight_BV, k: int):
   """Weights below the k-th largest become 0; ties with it stay."""
   if k == 0 or k >= weight_BV.shape[1]:
     return weight_BV
-  threshold = jax.lax.top_k(weight_BV, k)[0][:, -1:]
-  return jnp.where(weight_BV >= threshold, weight_BV, 0.0)
+  return _at_least(weight_BV, jax.lax.top_k(weight_BV, k)[0][:, -1:])
 
 
 def keep_top_p(weight_BV, p: float):
@@ -144,11 +145,29 @@ def keep_top_p(weight_BV, p: float):
 
   low = jnp.zeros(weight_BV.shape[0], jnp.int32)
   low, _ = jax.lax.fori_loop(0, 31, halve, (low, bits_BV.max(-1) + 1))
-  return jnp.where(bits_BV >= low[:, None], weight_BV, 0.0)
+  return _at_least(weight_BV, jax.lax.bitcast_convert_type(low, jnp.float32)[:, None])
+
+
+def keep_min_p(weight_BV, p: float):
+  """The weights that are at least p times the largest (arXiv 2407.01082)."""
+  if p == 0.0:
+    return weight_BV
+  return _at_least(weight_BV, p * jnp.max(weight_BV, axis=-1, keepdims=True))
+
+
+def _at_least(weight_BV, least_B1):
+  """Smaller weights become 0. NaN stays: a row of it must still give an id."""
+  return jnp.where(weight_BV < least_B1, 0.0, weight_BV)
+
+
+def kept_ids(weight_BV, most: int):
+  """int32 [B, most]: ids of positive weight, the largest first, then -1; and how many there are."""
+  value_BK, id_BK = jax.lax.top_k(weight_BV, most)
+  return jnp.where(value_BK > 0, id_BK, -1), jnp.sum(weight_BV > 0, axis=-1, dtype=jnp.int32)
 
 
 def draw(z_BV, u_B, spec: types.Spec):
-  """token_B and its log-probability under softmax(z_BV), z already tempered."""
+  """token_B, its log-probability, and the weights that both come from; z_BV already tempered."""
   top_B = jnp.max(z_BV, axis=-1, keepdims=True)
   weight_BV = jnp.exp(z_BV - top_B)
   if spec.temperature == 0:
@@ -157,9 +176,11 @@ def draw(z_BV, u_B, spec: types.Spec):
     first_B = jnp.min(jnp.where(z_BV == top_B, jnp.arange(V)[None, :], V), axis=-1)
     token_B = jnp.minimum(first_B, V - 1).astype(jnp.int32)
   else:
-    token_B = inverse_cdf(keep_top_p(keep_top_k(weight_BV, spec.top_k), spec.top_p), u_B)
+    weight_BV = keep_top_p(keep_top_k(weight_BV, spec.top_k), spec.top_p)
+    weight_BV = keep_min_p(weight_BV, spec.min_p)
+    token_B = inverse_cdf(weight_BV, u_B)
   z_B = jnp.take_along_axis(z_BV, token_B[:, None], axis=1)[:, 0]
-  return token_B, z_B - top_B[:, 0] - jnp.log(weight_BV.sum(-1))
+  return token_B, z_B - top_B[:, 0] - jnp.log(weight_BV.sum(-1)), weight_BV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,16 +228,17 @@ class Sampler:
         end_B=jnp.full(B, slots, jnp.int32),
         stop_B=jnp.full(B, int(records.Stop.RUNNING), jnp.int32),
         key_B=jnp.zeros((B, 2), jnp.uint32),
+        kept_BSK=None,
+        size_B=None,
       )
     )
 
   @functools.partial(jax.jit, static_argnums=0)
   def fork(self, state: State, rows_B) -> State:
     """Row i of the result is a copy of row rows_B[i]."""
-    take = lambda x: x[rows_B]
     cache = jax.tree.map(lambda x: jnp.take(x, rows_B, axis=x.ndim - 4), state.cache)
-    rest = {f.name: take(getattr(state, f.name)) for f in dataclasses.fields(State)[1:]}
-    return self._constrain(State(cache=cache, **rest))
+    rest = jax.tree.map(lambda x: x[rows_B], dataclasses.replace(state, cache=None))
+    return self._constrain(dataclasses.replace(rest, cache=cache))
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def assign(self, state: State, key_B, max_new_B) -> State:
@@ -228,7 +250,11 @@ class Sampler:
   @functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
   def decode(self, params, state: State, spec: types.Spec, max_new) -> State:
     """Up to max_new more tokens per row. A row that ran out of length may go on; EOS stays."""
-    B = state.length_B.shape[0]
+    B, S = state.tokens_BS.shape
+    most = min(spec.max_kept_tokens, self.model.vocab_size) if spec.truncates else 0
+    if most and state.kept_BSK is None:
+      empty = {'kept_BSK': jnp.full((B, S, most), -1, jnp.int32), 'size_B': jnp.zeros(B, jnp.int32)}
+      state = self._constrain(dataclasses.replace(state, **empty))
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
     may = (state.stop_B != eos) & (state.length_B < limit_B)
@@ -246,13 +272,18 @@ class Sampler:
         params, pending_B1, position_B[:, None], live[:, None].astype(jnp.int32), state.cache
       )
       z_BV = ops.logits(hidden_B1D[:, 0], head_VD, bias_V, form)
-      token_B, logp_B = draw(z_BV, uniforms(state.key_B, state.length_B), spec)
+      token_B, logp_B, weight_BV = draw(z_BV, uniforms(state.key_B, state.length_B), spec)
       # A stopped row writes outside the array, which drops the write.
-      slot_B = jnp.where(live, state.length_B, state.tokens_BS.shape[1])
+      slot_B = jnp.where(live, state.length_B, S)
       put = lambda x, value: x.at[rows_B, slot_B].set(value, mode='drop')
       length_B = state.length_B + live
       stop_B = jnp.where(live & (length_B >= limit_B), length, state.stop_B)
       is_stop = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
+      if most:
+        kept_BK, size_B = kept_ids(weight_BV, most)
+        size_B = jnp.maximum(state.size_B, jnp.where(live, size_B, 0))
+        kept_BSK = put(state.kept_BSK, kept_BK)
+        state = dataclasses.replace(state, kept_BSK=kept_BSK, size_B=size_B)
       return dataclasses.replace(
         state,
         cache=cache,
@@ -307,7 +338,8 @@ class Sampler:
     programs equally often, however many requests each has.
 
     Raises:
-      UserError: the window is longer than the model's positions.
+      UserError: the window is longer than the model's positions, or more ids were kept for a token
+        than are to be remembered.
     """
     R, T = requests.prompt_R.size, sharding.agree(requests.tokens_PT.shape[1])
     max_new = sharding.agree(int(requests.max_new_R.max()))
@@ -332,13 +364,25 @@ class Sampler:
       poll()
       state = self._start(params, requests, wave, used, slots, most, window)
       state = self.decode(params, state, spec, max_new)
-      rows = (state.tokens_BS, state.length_B, state.source_BS, state.logp_BS, state.stop_B)
-      out.append([x[: wave.size] for x in sharding.fetch_rows(rows)])
-    tokens_RS, length_R, source_RS, logp_RS, stop_R = (
-      np.concatenate(x) for x in zip(*out, strict=True)
+      rows = sharding.fetch_rows(dataclasses.replace(state, cache=None, key_B=None, end_B=None))
+      out.append(jax.tree.map(lambda x, n=wave.size: x[:n], rows))
+    rows = jax.tree.map(lambda *x: np.concatenate(x), *out)
+    if rows.size_B is not None:
+      met = sharding.agree(int(rows.size_B.max(initial=0)))
+      if met > spec.max_kept_tokens:
+        raise records.UserError(
+          f'a token was drawn from {met} kept tokens, more than max_kept_tokens='
+          f'{spec.max_kept_tokens} of the environment: raise it, or keep fewer'
+        )
+    return types.Samples(
+      tokens_RS=rows.tokens_BS,
+      prompt_length_R=requests.length_P[requests.prompt_R],
+      length_R=rows.length_B,
+      source_RS=rows.source_BS,
+      logp_RS=rows.logp_BS,
+      stop_R=rows.stop_B,
+      kept_RSK=rows.kept_BSK,
     )
-    prompt_length_R = requests.length_P[requests.prompt_R]
-    return types.Samples(tokens_RS, prompt_length_R, length_R, source_RS, logp_RS, stop_R)
 
   def _start(self, params, requests, wave, used, slots, most, window) -> State:
     """One wave: prefill the prompts it uses, fork them to its rows; spare rows are stopped."""
@@ -364,5 +408,5 @@ class Sampler:
       lead = (None,) * (x.ndim - 4)
       return place(x, PartitionSpec(*lead, batch[0], 'tensor' if heads else None))
 
-    rest = {f.name: place(getattr(state, f.name), batch) for f in dataclasses.fields(State)[1:]}
-    return State(cache=jax.tree.map(cache, state.cache), **rest)
+    rest = jax.tree.map(lambda x: place(x, batch), dataclasses.replace(state, cache=None))
+    return dataclasses.replace(rest, cache=jax.tree.map(cache, state.cache))

@@ -98,7 +98,7 @@ def reinforce(stage: tooling.Stage, position):
       weight_BT, denominator = algorithm.weights(minibatch)
       aux_BT = {'weight': weight_BT, 'adv': adv_BT[rows], 'sampler_logp': minibatch.logp_BT}
       with profiling.timed(tally, 'pack'):
-        aux_BT |= minibatch.scores
+        aux_BT |= minibatch.scores | minibatch.support
         seqs = packing.sequences(minibatch.tokens_BT, minibatch.length_B, aux_BT)
         # Where no process trains a token all weights are 0, and 0 / 1 is 0.
         updates.append((pack(seqs)[0], (sharding.total(denominator) or 1.0,)))

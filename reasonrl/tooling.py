@@ -113,10 +113,13 @@ def pack(setup: wiring.Setup, row_length: int, rows: int, seqs):
 
 
 def make_score(setup: wiring.Setup, student: learner.Learner, row_length: int, rows: int):
-  """(params, experience) -> logp_BT of the policy tokens, at the learner's temperature."""
+  """(params, experience) -> logp_BT of the policy tokens, at the learner's temperature.
+
+  The softmax of a token runs over the ids that it was drawn from, where the experience has them.
+  """
 
   def score(params, experience):
-    aux = {'weight': experience.mask_BT}
+    aux = {'weight': experience.mask_BT} | experience.support
     seqs = packing.sequences(experience.tokens_BT, experience.length_B, aux)
     batches, where = pack(setup, row_length, rows, seqs)
     batches = [sharding.put_rows(batch, setup.mesh) for batch in batches]

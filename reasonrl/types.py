@@ -6,6 +6,8 @@ Axis letters, written as a suffix of every such array (`logp_BT`, `hidden_MD`):
     D width        H query heads          K key/value heads    C head channels
     N layers       F feed-forward width   S cache slots        M scored tokens  R rollouts
 
+In `kept_` arrays K counts the token ids that truncated sampling (top-k, top-p, min-p) kept.
+
 Alignment: index t of any `_BT` array speaks about token t (its log-probability, mask, advantage).
 The first token of every segment has mask 0; segment id 0 is padding. EOS is a policy token:
 sampled, stored, masked 1. Padding is known from lengths, never from a token id. Rows are
@@ -51,6 +53,7 @@ class Experience:
   parts: dict[str, np.ndarray]  # name -> float32 [R]; NaN = does not apply
   reward_weights: dict[str, float]  # reward -> its weight in reward_R
   reward_BT: np.ndarray | None  # float32, optional dense reward
+  kept_BTK: np.ndarray | None  # int32, what each token was drawn from; -1 = padding, see `support`
   scores: dict[str, np.ndarray]  # what algorithm.needs names ('old_logp', ...): [B, T]
   examples: tuple[records.Example, ...]  # [R], for the logs
   completions: tuple[records.Completion, ...]  # [R], for the logs
@@ -59,6 +62,14 @@ class Experience:
   def mask_BT(self) -> np.ndarray:
     """float32 policy mask: 1 exactly on sampled tokens, EOS included."""
     return (self.source_BT == POLICY).astype(np.float32)
+
+  @property
+  def support(self) -> dict[str, np.ndarray]:
+    """Aux arrays of every scoring of these rows: 'kept', the ids that a token was drawn from.
+
+    A token with no ids was drawn from the whole vocabulary; without the array, all were.
+    """
+    return {} if self.kept_BTK is None else {'kept': self.kept_BTK}
 
   @property
   def first_row_R(self) -> np.ndarray:
@@ -78,19 +89,34 @@ def padded(length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep everything."""
+  """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep everything.
+
+  After the temperature top-k applies, then top-p to what it left, then min-p (the order of Hugging
+  Face; vLLM applies min-p first, so that there top-p counts what min-p left).
+  """
 
   temperature: float
   top_k: int
   top_p: float
+  min_p: float
+  max_kept_tokens: int  # most ids of a truncated draw to remember; 0 = remember none
   stop_ids: tuple[int, ...]
 
   def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not self.stop_ids:
+    if self.temperature < 0 or self.top_k < 0 or self.max_kept_tokens < 0 or not self.stop_ids:
       raise records.UserError(
-        f'sampling: temperature={self.temperature} must be >= 0, top_k={self.top_k} >= 0, '
-        f'top_p={self.top_p} in (0, 1] and stop_ids={self.stop_ids} not empty'
+        f'sampling: temperature={self.temperature}, top_k={self.top_k} and '
+        f'max_kept_tokens={self.max_kept_tokens} must be >= 0, stop_ids={self.stop_ids} not empty'
       )
+    if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+      raise records.UserError(
+        f'sampling: top_p={self.top_p} must be in (0, 1], min_p={self.min_p} in [0, 1]'
+      )
+
+  @property
+  def truncates(self) -> bool:
+    """Whether a token may be left out of a draw; a greedy one takes the most likely of all."""
+    return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +138,11 @@ class Samples:
   prompt_length_R: np.ndarray
   length_R: np.ndarray
   source_RS: np.ndarray
-  logp_RS: np.ndarray  # of the tempered, untruncated distribution; 0 where source is not POLICY
+  # Of the distribution that was sampled from: tempered, truncated, renormalised (of greedy tokens:
+  # at temperature 1, nothing left out); 0 where source is not POLICY.
+  logp_RS: np.ndarray
   stop_R: np.ndarray
+  kept_RSK: np.ndarray | None  # as Experience.kept_BTK; None: nothing left out, or not remembered
 
 
 class BatchScore(NamedTuple):
@@ -133,7 +162,7 @@ class Tools:
   render(example) -> prompt token ids; `prefill` is the completion text they already hold.
   row_keys(step, prompt_R, sample_R, thread_R) -> uint32 [R, 2].
   generate(params, requests, spec, slots) -> Samples.
-  score(params, experience) -> logp_BT of the policy tokens.
+  score(params, experience) -> logp_BT of the policy tokens, each among its kept ids.
   reward(state, experience) -> the experience with its rewards.
   """
 
@@ -154,7 +183,7 @@ class Sequence(NamedTuple):
 
   tokens_T: np.ndarray
   index_M: np.ndarray
-  aux: dict[str, np.ndarray]  # [N]
+  aux: dict[str, np.ndarray]  # float32 [N], or ids: int32 [N, K], padded with -1
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +199,9 @@ class Batch:
   positions_BT: jax.Array  # int32, restart at 0 in every segment
   segments_BT: jax.Array  # int32, 0 = padding
   index_BM: jax.Array  # int32, which tokens are scored
-  aux: dict[str, jax.Array]  # 'weight' and what the term needs ('adv', 'old_logp', ...): [B, M]
+  # 'weight' and what the term needs ('adv', 'old_logp', ...): [B, M]; 'kept': [B, M, K], absent if
+  # every token was drawn from the whole vocabulary.
+  aux: dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass

@@ -12,16 +12,28 @@ import numpy as np
 LENGTH = 2  # records.Stop.LENGTH
 
 
-def scores(hidden_MD, head_VD, targets_M, scale=1.0, softcap=None, temperature=1.0, bias_V=None):
-  """logp_M and entropy_M of the tempered distribution."""
+def scores(
+  hidden_MD,
+  head_VD,
+  targets_M,
+  scale=1.0,
+  softcap=None,
+  temperature=1.0,
+  bias_V=None,
+  kept_MK=None,
+):
+  """logp_M and entropy_M of the tempered distribution, restricted to the kept ids (-1: none)."""
   logp_M, entropy_M = [], []
-  for hidden_D, target in zip(np.asarray(hidden_MD, np.float64), targets_M, strict=True):
+  for m, (hidden_D, target) in enumerate(zip(np.float64(hidden_MD), targets_M, strict=True)):
     z_V = scale * (np.asarray(head_VD, np.float64) @ hidden_D)
     if softcap is not None:
       z_V = softcap * np.tanh(z_V / softcap)
     if bias_V is not None:
       z_V = z_V + np.asarray(bias_V, np.float64)
     z_V = z_V / temperature
+    kept = [] if kept_MK is None else [v for v in np.asarray(kept_MK[m]).tolist() if v >= 0]
+    if kept:  # a smaller vocabulary
+      z_V, target = z_V[kept], kept.index(int(target))
     logp_V = z_V - z_V.max() - np.log(np.exp(z_V - z_V.max()).sum())
     logp_M.append(logp_V[target])
     entropy_M.append(-sum(math.exp(x) * x for x in logp_V))

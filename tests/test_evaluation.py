@@ -292,7 +292,7 @@ def test_evaluate_greedy_and_sampled():
   votes = lambda experience: np.arange(1, 1 + experience.reward_R.size)  # each its own
   metrics, found = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, asked), tools, {}, votes)
   # The same random keys at every evaluation: the step they see is 0.
-  assert asked == [(1, 0.0, 0, 1.0, 0), (2, 0.6, 5, 0.9, 0)]
+  assert asked == [(1, 0.0, 5, 0.9, 0), (2, 0.6, 5, 0.9, 0)]
   assert metrics['eval/greedy/outcomes'] == [1.0, 0.0, 1.0]
   assert metrics['eval/sampled/outcomes'] == [0.5, 0.0, 0.5]
   assert metrics['eval/greedy/accuracy'] == pytest.approx(2 / 3)

@@ -106,6 +106,18 @@ def test_pack_by_hand():
   assert (batch.aux['weight'][:, 2:] == 0).all()
 
 
+def test_ids_are_packed_beside_the_numbers():
+  """int32 with their own axis; unused slots have none."""
+  tokens, weight = np.array([[5, 6, 7], [8, 9, 0]]), np.array([[0, 0, 1.0], [0, 1.0, 0]])
+  ids = np.arange(12).reshape(2, 3, 2) + 2**25  # which float32 would round
+  seqs = packing.sequences(tokens, [3, 2], {'weight': weight, 'kept': ids})
+  (batch,), _ = packing.pack(seqs, 5, 1, 1)
+  assert batch.aux['kept'].dtype == np.int32
+  np.testing.assert_array_equal(batch.aux['kept'], [[ids[0, 2], ids[1, 1]]])
+  (batch,), _ = packing.pack(seqs, 3, 2, 2)
+  np.testing.assert_array_equal(batch.aux['kept'][:, 1], [[-1, -1], [-1, -1]])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
   st.lists(st.integers(1, 10), min_size=1, max_size=12),

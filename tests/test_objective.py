@@ -114,6 +114,9 @@ def test_the_section_shows_too():
   plain = text(tiny.algorithm())
   assert text(tiny.algorithm(), prompts_per_step=8) != plain
   assert 'renewed every 4 step(s)' in text(tiny.algorithm(), sampler_sync_steps=4)
+  env = common.single_turn()
+  env.top_p = 0.9
+  assert 'over the tokens that top_p 0.9 kept' in text(tiny.algorithm(), env=env)
   reads = common.reads()
   reads.sync_steps = 100
   said = text(tiny.algorithm(beta=0.1), reads={'ref': reads})

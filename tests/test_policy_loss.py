@@ -36,15 +36,15 @@ def inputs(M, D, V, seed=0, dtype=F32):
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def fused(hidden, head, bias, targets, aux, fn, form, rows):
-  run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows)
+def fused(hidden, head, bias, targets, aux, fn, form, rows, kept=None):
+  run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows, kept_MK=kept)
   loss = lambda *a: run(*a, bias, targets, aux)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
-def reference(hidden, head, bias, targets, aux, fn, form):
-  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, aux, fn, form)
+def reference(hidden, head, bias, targets, aux, fn, form, kept=None):
+  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, aux, fn, form, kept)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
@@ -122,6 +122,60 @@ def test_forbidden_tokens_have_no_probability_entropy_or_gradient():
   assert (np.asarray(grads[1])[5:] == 0).all()
 
 
+def kept_ids(targets, V, K, seed=0):
+  """int32 [M, K]: the target somewhere among 0 to K - 1 other ids; every third row has none."""
+  rng, out = np.random.default_rng(seed), np.full((len(targets), K), -1, np.int32)
+  for m, target in enumerate(np.asarray(targets)):
+    ids = rng.permutation(V)[: rng.integers(0, K)]
+    ids = np.append(ids[ids != target], target)
+    out[m, : ids.size] = rng.permutation(ids)
+  out[::3] = -1
+  return jnp.asarray(out)
+
+
+def test_kept_ids_by_hand():
+  """Probabilities 1/2, 1/4, 1/8, 1/8; of the first and third alone 4/5 and 1/5."""
+  head = jnp.log(jnp.array([[4.0], [2.0], [1.0], [1.0]]))
+  args = (jnp.ones((3, 1)), head, jnp.zeros(4), jnp.array([0, 2, 2]))
+  kept = jnp.array([[2, 0], [-1, 2], [-1, -1]])
+  form = (1.0, None, 1.0, F32)
+  logp, entropy = policy_loss.token_logps(*args, form, 2, kept)
+  np.testing.assert_allclose(logp, np.log([4 / 5, 1, 1 / 8]), atol=1e-6)
+  both = math.log(5) - 0.8 * math.log(4)
+  np.testing.assert_allclose(entropy, [both, 0, 1.75 * math.log(2)], atol=1e-6)
+  weigh = lambda logp, entropy, aux: (aux['weight'] * logp, {})
+  first = {'weight': jnp.array([1.0, 0.0, 0.0])}
+  _, (_, dhead) = fused(*args, first, weigh, form, 2, kept)
+  np.testing.assert_allclose(dhead[:, 0], [1 / 5, 0, -1 / 5, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_kept_ids_equal_the_materialised_twin(name):
+  M, D, V, rows, *form = CASES[name]
+  args, form = inputs(M, D, V), (*form, F32)
+  kept = kept_ids(args[3], V, 5)
+  got = fused(*args, loss_fn, form, rows, kept)
+  assert_close(got, reference(*args, loss_fn, form, kept), 1e-5)
+  want = oracle.scores(*args[:2], args[3], *form[:3], kept_MK=kept)
+  np.testing.assert_allclose(policy_loss.token_logps(*args[:4], form, rows, kept), want, atol=2e-6)
+
+
+def test_gradients_over_kept_ids_equal_differences_of_the_float64_oracle():
+  hidden, head, bias, targets, aux = inputs(4, 4, 7)
+  form, kept = (0.7, 2.0, 0.6, F32), kept_ids(targets, 7, 4)
+
+  def want(hidden, head):
+    logp, entropy = oracle.scores(hidden, head, targets, *form[:3], bias, kept)
+    return (np.asarray(aux['weight'], np.float64) * (logp * logp - entropy**2)).sum()
+
+  fn = lambda logp, entropy, aux: (aux['weight'] * (logp**2 - entropy**2), {})
+  (value, _), (dhidden, dhead) = fused(hidden, head, bias, targets, aux, fn, form, 3, kept)
+  assert float(value) == pytest.approx(want(hidden, head), rel=1e-5)
+  differ = oracle.numerical_gradient
+  np.testing.assert_allclose(dhidden, differ(lambda h: want(h, head), hidden), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(dhead, differ(lambda w: want(hidden, w), head), rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_is_close_to_float32():
   """bf16 operands, float32 sums: relative errors of a per cent; dtypes follow the operands."""
   args = inputs(32, 16, 40, dtype=BF16)
@@ -189,9 +243,10 @@ def check_memory(compiled, M, D, V, rows):
 def test_no_buffer_above_one_chunk_of_logits(M, V, dtype):
   D, rows, form = 8, 16, (1.0, None, 1.0, dtype)
   args = inputs(M, D, V)
-  check_memory(fused.lower(*args, loss_fn, form, rows).compile(), M, D, V, rows)
   score = jax.jit(policy_loss.token_logps, static_argnums=(4, 5))
-  check_memory(score.lower(*args[:4], form, rows).compile(), M, D, V, rows)
+  for kept in (None, jnp.zeros((M, 4), jnp.int32)):
+    check_memory(fused.lower(*args, loss_fn, form, rows, kept).compile(), M, D, V, rows)
+    check_memory(score.lower(*args[:4], form, rows, kept).compile(), M, D, V, rows)
 
 
 def test_the_materialised_twin_fails_the_memory_check():

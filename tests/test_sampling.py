@@ -66,8 +66,8 @@ def params(sampler):
   return sampler.layout(parameters(sampler.model))
 
 
-def spec(temperature=1.0, top_k=0, top_p=1.0, stop_ids=NEVER):
-  return types.Spec(temperature, top_k, top_p, stop_ids)
+def spec(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_kept_tokens=0, stop_ids=NEVER):
+  return types.Spec(temperature, top_k, top_p, min_p, max_kept_tokens, stop_ids)
 
 
 def keys(samples, seed=0):
@@ -272,32 +272,90 @@ def test_top_p_by_hand():
   ]
 
 
-def test_draw_by_hand():
-  # Probabilities 1/8, 1/2, 3/8; the log-probability is the untruncated one.
-  z = jnp.log(jnp.asarray([[1.0, 4.0, 3.0]]))
-  draws = {
-    (spec(), 0.1): 0,
-    (spec(), 0.2): 1,
-    (spec(), 0.9): 2,
-    (spec(top_k=2), 0.1): 1,
-    (spec(top_k=1), 0.9): 1,
-    (spec(top_p=0.6), 0.99): 2,
-    (spec(top_p=0.5), 0.99): 1,
-    (spec(temperature=0.0), 0.99): 1,
-  }
-  for (how, u), token in draws.items():
-    got, logp = sampling.draw(z, jnp.asarray([u]), how)
-    assert got.item() == token
-    np.testing.assert_allclose(logp.item(), np.log([1 / 8, 1 / 2, 3 / 8][token]), rtol=1e-5)
+# Token by token; falling: tokens 1, 3, 4, 0, 2.
+FIVE = (0.1, 0.4, 0.05, 0.25, 0.2)
 
 
 @pytest.mark.parametrize(
-  'field, value',
-  [('temperature', -0.1), ('top_k', -1), ('top_p', 0.0), ('top_p', 1.1), ('stop_ids', ())],
+  'how, kept',
+  [
+    ({}, (1, 3, 4, 0, 2)),
+    ({'top_k': 2}, (1, 3)),
+    ({'top_k': 9}, (1, 3, 4, 0, 2)),
+    ({'top_p': 0.6}, (1, 3)),  # 0.65; one less would be 0.4
+    ({'top_p': 0.7}, (1, 3, 4)),  # 0.85
+    ({'top_p': 0.01}, (1,)),
+    ({'min_p': 0.3}, (1, 3, 4)),  # at least 0.12
+    ({'min_p': 0.6}, (1, 3)),  # at least 0.24
+    ({'min_p': 1.0}, (1,)),
+    ({'top_k': 3, 'top_p': 0.7}, (1, 3)),  # the share of 1 and 3 in the first three is 0.76
+    ({'top_k': 4, 'min_p': 0.3}, (1, 3, 4)),
+    ({'top_p': 0.75, 'min_p': 0.3}, (1, 3, 4)),  # min-p first would leave 1 and 3
+    ({'top_k': 4, 'top_p': 0.9, 'min_p': 0.3}, (1, 3, 4)),
+    ({'temperature': 0.0, 'top_k': 2, 'min_p': 0.9}, (1, 3, 4, 0, 2)),  # greedy leaves none out
+  ],
+  ids=str,
 )
-def test_a_bad_spec_names_itself(field, value):
-  with pytest.raises(records.UserError, match=f'{field}=' + str(value).replace('(', r'\(')[:2]):
-    spec(**{field: value})
+def test_kept_sets_and_log_probabilities_by_hand(how, kept):
+  """Every token of the kept set is drawn, with p over the sum of the kept ones; no other is."""
+  z, spread = jnp.log(jnp.asarray([FIVE] * 200)), (jnp.arange(200) + 0.5) / 200
+  token_B, logp_B, weight_BV = sampling.draw(z, spread, spec(**how))
+  ids_BK, size_B = sampling.kept_ids(weight_BV, 5)
+  assert ids_BK[0].tolist() == [*kept, *[-1] * (5 - len(kept))] and set(size_B.tolist()) == {
+    len(kept)
+  }
+  assert set(token_B.tolist()) == ({1} if how.get('temperature') == 0 else set(kept))
+  want = np.log(np.asarray(FIVE)[token_B] / sum(FIVE[v] for v in kept))
+  np.testing.assert_allclose(logp_B, want, rtol=1e-5, atol=1e-6)
+  few_BK, size_B = sampling.kept_ids(weight_BV, 2)  # too few places: the size says so
+  assert few_BK[0].tolist() == [*kept, -1][:2] and size_B[0] == len(kept)
+
+
+@pytest.mark.parametrize(
+  'how, kept',
+  [
+    ({'top_k': 1}, {0, 2}),
+    ({'top_k': 3}, {0, 1, 2, 3}),
+    ({'top_p': 0.2}, {0, 2}),
+    ({'top_p': 0.7}, {0, 1, 2, 3}),
+    ({'min_p': 1.0}, {0, 2}),
+    ({'min_p': 0.5}, {0, 1, 2, 3}),
+  ],
+  ids=str,
+)
+def test_ties_at_the_boundary_stay_together(how, kept):
+  """Weights 2, 1, 2, 1: both or neither."""
+  z = jnp.log(jnp.asarray([[2.0, 1.0, 2.0, 1.0]]))
+  token_B, logp_B, weight_BV = sampling.draw(z, jnp.asarray([0.0]), spec(**how))
+  assert set(sampling.kept_ids(weight_BV, 4)[0][0].tolist()) - {-1} == kept
+  np.testing.assert_allclose(logp_B.item(), np.log(2 / (4 if len(kept) == 2 else 6)), rtol=1e-6)
+
+
+@pytest.mark.parametrize('how', [{'top_k': 3}, {'top_p': 0.5}, {'min_p': 0.1}], ids=str)
+def test_logits_that_are_not_numbers_still_give_an_id(how):
+  token_B, _, weight_BV = sampling.draw(jnp.full((1, V), jnp.nan), jnp.asarray([0.5]), spec(**how))
+  assert token_B.item() in range(V)
+  assert (np.asarray(sampling.kept_ids(weight_BV, 4)[0]) == -1).all()
+
+
+def test_draw_by_hand():
+  # Probabilities 1/8, 1/2, 3/8.
+  z = jnp.log(jnp.asarray([[1.0, 4.0, 3.0]]))
+  draws = {
+    (spec(), 0.1): (0, 1 / 8),
+    (spec(), 0.2): (1, 1 / 2),
+    (spec(), 0.9): (2, 3 / 8),
+    (spec(top_k=2), 0.1): (1, 4 / 7),
+    (spec(top_k=1), 0.9): (1, 1),
+    (spec(top_p=0.6), 0.99): (2, 3 / 7),
+    (spec(top_p=0.5), 0.99): (1, 1),
+    (spec(min_p=0.5), 0.99): (2, 3 / 7),
+    (spec(temperature=0.0), 0.99): (1, 1 / 2),
+  }
+  for (how, u), (token, p) in draws.items():
+    got, logp, _ = sampling.draw(z, jnp.asarray([u]), how)
+    assert got.item() == token
+    np.testing.assert_allclose(logp.item(), np.log(p), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ generate
@@ -322,6 +380,68 @@ def test_sampled_logp_is_the_teacher_forced_one(changes, temperature):
   assert not out.logp_RS[~policy].any()
   assert not np.isin(out.tokens_RS[policy], FORBIDDEN).any()
   assert len(np.unique(out.tokens_RS[policy])) > 8  # not a test of a constant
+
+
+def kept_by_sort(logp_V, top_k=0, top_p=1.0, min_p=0.0):
+  """The ids that top-k, then top-p, then min-p keep, the likeliest first."""
+  order = np.argsort(-logp_V)
+  p = np.exp(logp_V[order])
+  p = p[: top_k or None]
+  before = np.cumsum(p / p.sum()) - p / p.sum()
+  p = p[before < top_p]
+  return order[: (p >= min_p * p[0]).sum()].tolist()
+
+
+TRUNCATIONS = [
+  ({'top_k': 5}, 1.0),
+  ({'top_p': 0.8}, 1.0),
+  ({'min_p': 0.3}, 0.7),
+  ({'top_k': 12, 'top_p': 0.9, 'min_p': 0.3}, 0.6),
+]
+
+
+@pytest.mark.parametrize('how, temperature', TRUNCATIONS, ids=str)
+def test_truncated_samples_carry_what_they_were_drawn_from(sampler, how, temperature):
+  """The kept ids of every token and log p over their sum, against float64 and a sort."""
+  requests = ask(np.repeat([0, 1, 2], 8), 15)
+  out = generate(sampler, requests, spec(temperature, max_kept_tokens=20, **how))
+  logp_RSV = log_softmax(sampler, temperature, out.tokens_RS)
+  policy, sizes = out.source_RS == types.POLICY, []
+  assert out.kept_RSK.dtype == np.int32 and (out.kept_RSK[~policy] == -1).all()
+  for logp_V, ids_K, token, logp in zip(
+    logp_RSV[policy],
+    out.kept_RSK[policy],
+    out.tokens_RS[policy],
+    out.logp_RS[policy],
+    strict=True,
+  ):
+    kept = kept_by_sort(logp_V, **how)
+    assert ids_K.tolist() == kept + [-1] * (20 - len(kept)) and token in kept
+    assert logp == pytest.approx(logp_V[token] - np.log(np.exp(logp_V[kept]).sum()), abs=2e-5)
+    sizes.append(len(kept))
+  assert len(set(sizes)) > 3 or how == {'top_k': 5}  # not a test of a constant
+  # Remembering is all that it adds; waves and devices change nothing.
+  plain = generate(sampler, requests, spec(temperature, **how))
+  assert plain.kept_RSK is None
+  np.testing.assert_array_equal(plain.logp_RS, out.logp_RS)
+  other = make_sampler(sampler.model, (2, 2, 2))
+  waves = generate(other, requests, spec(temperature, max_kept_tokens=20, **how), slots=8)
+  np.testing.assert_array_equal(waves.kept_RSK, out.kept_RSK)
+
+
+def test_more_kept_tokens_than_can_be_remembered(sampler):
+  """An error that names the size and the field; the size itself is enough."""
+  requests = ask(np.repeat([0, 1, 2], 8), 15)
+  whole = generate(sampler, requests, spec(top_p=0.9, max_kept_tokens=500))
+  assert whole.kept_RSK.shape[-1] == V  # no more than there are
+  size = (whole.kept_RSK >= 0).sum(-1).max()
+  enough = generate(sampler, requests, spec(top_p=0.9, max_kept_tokens=int(size)))
+  np.testing.assert_array_equal(enough.kept_RSK, whole.kept_RSK[..., :size])
+  says = f'drawn from {size} kept tokens, more than max_kept_tokens={size - 1} '
+  with pytest.raises(records.UserError, match=says):
+    generate(sampler, requests, spec(top_p=0.9, max_kept_tokens=int(size) - 1))
+  for how in ({}, {'temperature': 0.0, 'top_p': 0.5}):  # nothing is left out
+    assert generate(sampler, requests, spec(max_kept_tokens=1, **how)).kept_RSK is None
 
 
 def test_bfloat16_logp_is_near_the_teacher_forced_one():
@@ -459,7 +579,9 @@ def test_draws_do_not_depend_on_the_layout(sampler, many, layout):
     other = dataclasses.replace(requests, **copies, prompt_R=np.arange(320, dtype=np.int32))
   got = generate(sampler, reorder(other, order), spec(), slots)
   pick = lambda x: x[order]
-  want = types.Samples(**{k: pick(v) for k, v in vars(want).items()})
+  want = types.Samples(
+    **{k: pick(v) for k, v in vars(want).items() if v is not None}, kept_RSK=None
+  )
   draws, differ = compare(make_sampler(sampler.model), want, got, reorder(requests, order))
   assert draws >= (300 if layout == 'alone' else 10_000) and differ <= 3, (draws, differ)
   print(f'{layout}: {draws} draws, {differ} within 1e-5 of a boundary')
@@ -616,6 +738,21 @@ def test_append_at_the_end_of_the_window_or_the_cap(sampler, params):
   assert state.stop_B.tolist() == [LENGTH] * 3
   sources = [(np.asarray(state.source_BS)[b] == types.POLICY).sum() for b in range(3)]
   assert sources == [17, 17 + 2, 6]
+
+
+def test_kept_ids_outlive_the_stages(sampler, params):
+  """Decode, append, fork, decode: rows keep their ids, and a forced token has none."""
+  how, rows = spec(top_p=0.8, max_kept_tokens=V), np.array([2, 0])
+  state = sampler.decode(params, first(sampler, params), how, 4)
+  before = np.array(state.kept_BSK)
+  state = sampler.append(params, state, jnp.asarray(TOOL), jnp.asarray([4, 1, 2]))
+  state = sampler.decode(params, sampler.fork(state, jnp.asarray(rows)), how, 3)
+  after, source_BS = np.array(state.kept_BSK), np.array(state.source_BS)
+  said = before[rows, :, 0] >= 0
+  np.testing.assert_array_equal(after[said], before[rows][said])
+  np.testing.assert_array_equal(after[..., 0] >= 0, source_BS == types.POLICY)
+  tokens_BS = np.array(state.tokens_BS)
+  assert (after == tokens_BS[..., None]).any(-1)[source_BS == types.POLICY].all()
 
 
 def test_fork_is_a_copy(sampler, params):

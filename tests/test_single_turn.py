@@ -47,7 +47,8 @@ class Tools:
       tokens[r, : start[r]] = requests.tokens_PT[prompt, : start[r]]
       tokens[r, start[r] : start[r] + 3], source[r, start[r] : start[r] + 3] = said, types.POLICY
     stop = np.full(R, records.Stop.EOS if self.stops else records.Stop.LENGTH)
-    return types.Samples(tokens, start, start + 3, source, np.zeros((R, width)), stop)
+    kept = tokens[..., None] * (source == types.POLICY)[..., None] if spec.truncates else None
+    return types.Samples(tokens, start, start + 3, source, np.zeros((R, width)), stop, kept)
 
   def reward(self, state, experience):
     return dataclasses.replace(experience, reward_R=np.arange(4, dtype=np.float32))
@@ -59,7 +60,7 @@ def test_rollout(stops):
   env = environment(num_generations=2, temperature=0.5, slots=3)
   found = env.rollout(tools, {'params': 'weights', 'version': 9}, step=5)
   params, requests, spec, slots = tools.asked
-  assert (params, slots, spec) == ('weights', 3, types.Spec(0.5, 0, 1.0, BYTES.eos_ids))
+  assert (params, slots, spec) == ('weights', 3, types.Spec(0.5, 0, 1.0, 0.0, 64, BYTES.eos_ids))
   assert requests.prompt_R.tolist() == [0, 0, 1, 1] and requests.length_P.tolist() == [1, 2]
   assert requests.max_new_R.tolist() == [4] * 4
   # A key depends on the example's own index and the sample, not on the place in the batch.
@@ -67,8 +68,17 @@ def test_rollout(stops):
   assert found.group_B.tolist() == found.group_R.tolist() == [0, 0, 1, 1]
   assert found.rollout_B.tolist() == [0, 1, 2, 3] and set(found.version_B) == {9}
   assert found.reward_R.tolist() == [0, 1, 2, 3]  # what the tool made of it
+  assert found.kept_BTK is None
   assert found.mask_BT.sum(1).tolist() == [3] * 4  # EOS included
   said = found.completions[3]
   assert said.text == '<think>ab' + ('' if stops else 'c')  # the prefill is part, EOS is not
   assert (said.num_tokens, said.cap, said.think) == (3, 4, None)
   assert [example.index for example in found.examples] == [7, 7, 3, 3]
+
+
+def test_truncated_rollout():
+  tools, how = Tools(True), {'top_k': 2, 'top_p': 0.9, 'min_p': 0.1, 'max_kept_tokens': 7}
+  found = environment(num_generations=2, **how).rollout(tools, {'params': 0, 'version': 9}, step=5)
+  spec = tools.asked[2]
+  assert {name: getattr(spec, name) for name in how} == how and spec.truncates
+  np.testing.assert_array_equal(found.kept_BTK[..., 0], found.tokens_BT * found.mask_BT)

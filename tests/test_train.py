@@ -220,6 +220,36 @@ def test_a_loop_of_phases_with_averages_and_starts_by_name(tmp_path, pool):
     np.testing.assert_allclose(e, 0.5 * (p + s), atol=1e-6)
 
 
+def test_truncated_sampling_trains_on_what_it_drew_from(tmp_path, pool, monkeypatch):
+  """Two steps at top_p 0.9 and 0.5: no mismatch and no warning; the reference scores the same."""
+  monkeypatch.setitem(train.REWARDS, 'likely', Likely)
+  found = []
+  monkeypatch.setattr(sentinels, 'warnings', recorded(sentinels.warnings, found))
+  entropy = {}
+  for top_p in (0.9, 0.5):
+    config = short(rl__env__top_p=top_p, rl__env__max_kept_tokens=200)
+    config.rl.algorithm.update({'beta': 0.04, 'num_minibatches': 2})
+    config.rewards.likely = {'weight': 0.5}
+    workdir = tmp_path / str(top_p)
+    assert train.run(config, str(workdir), pool) == 0
+    rl = rows_of(workdir, 'train')
+    assert len(rl) == 2 and max(row['mismatch/max'] for row in rl) < 1e-4
+    assert rl[0]['kl'] < 1e-5 and all(row['finite'] == 1 for row in rl)
+    entropy[top_p] = rl[0]['entropy']
+  assert found == [[]] * 4
+  assert entropy[0.5] < entropy[0.9] - 0.2
+
+
+def recorded(function, found):
+  """The function, which also keeps what it returns."""
+
+  def wrapper(*args):
+    found.append(function(*args))
+    return found[-1]
+
+  return wrapper
+
+
 @pytest.mark.slow
 def test_the_same_run_on_three_meshes(tmp_path, pool):
   """Placement changes rounding alone: the same draws, so the same curve, until rounding grows."""
@@ -341,6 +371,10 @@ def test_a_full_disk_loses_nothing(tmp_path):
 # ------------------------------------------------------------------------------------ bad input
 
 
+FORGETFUL = common.single_turn()
+FORGETFUL.update({'min_p': 0.1, 'max_kept_tokens': 0})
+
+
 @pytest.mark.parametrize(
   'field, value, says',
   [
@@ -354,8 +388,9 @@ def test_a_full_disk_loses_nothing(tmp_path):
     ('rl.trains', 'critic', "'critic' is not one of policy"),
     ('pretrain.loss', 'mse', "'mse' is not one of nll"),
     ('rl.env.num_generations', 1, 'num_generations=1'),
-    ('rl.env.top_p', 0.9, 'top_p=0.9'),
-    ('rl.env.top_k', 5, 'top_k=5'),
+    ('rl.env.top_p', 1.5, 'top_p=1.5'),
+    ('rl.env.top_k', 65, 'max_kept_tokens=64 must be at least 65 for top_k=65'),
+    ('rl.env', FORGETFUL, 'max_kept_tokens=0 must be at least 1 for top_k=0 top_p=1.0 min_p=0.1'),
     ('rl.env.temperature', 0.0, 'temperature=0.0'),
     ('rl.optim.schedule', 'step', "'step' is not one of"),
     ('prompt.max_length', 5, 'has 7 tokens'),
@@ -374,6 +409,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     ('rl.rows_per_batch', 0, 'rl.rows_per_batch=0 must be at least 1'),
     ('rl.env.slots', -1, 'rl.env.slots=-1 must be at least 0'),
     ('rl.steps', -1, 'rl.steps=-1 must be at least 0'),
+    ('evaluation.env.top_p', 1.5, 'top_p=1.5'),
     ('seed', -1, 'seed=-1 must be at least 0'),
     ('rl.kind', 'evaluate', 'rl.steps=.* must be 0: such a phase only evaluates'),
     (

@@ -43,10 +43,10 @@ def test_take_rows_keeps_rollouts_whole():
 
 
 def test_every_field_with_a_row_axis_is_picked():
-  whole = sample(reward_BT=np.ones((4, 5), np.float32))
+  whole = sample(reward_BT=np.ones((4, 5), np.float32), kept_BTK=np.ones((4, 5, 3), np.int32))
   part = rollouts.take_rows(whole, np.array([1]))
   for field in dataclasses.fields(types.Experience):
-    if field.name.endswith(('_B', '_BT')):
+    if field.name.endswith(('_B', '_BT', '_BTK')):
       assert getattr(part, field.name).shape[0] == 1, field.name
 
 
@@ -115,6 +115,22 @@ def test_concatenate_fills_what_only_some_have():
   assert rollouts.concatenate([first, first]).reward_BT is None
 
 
+def test_kept_ids_are_picked_and_joined_whatever_their_width():
+  ids = np.arange(4 * 5 * 2, dtype=np.int32).reshape(4, 5, 2)
+  first = sample(kept_BTK=ids)
+  longer = np.full((4, 8, 1), 7, np.int32)
+  second = sample(lengths=(6, 1, 2, 2), kept_BTK=longer)
+  joined = rollouts.concatenate([first, sample(), second])
+  assert joined.kept_BTK.shape == (12, 8, 2) and joined.kept_BTK.dtype == np.int32
+  np.testing.assert_array_equal(joined.kept_BTK[:4, :5], ids)
+  np.testing.assert_array_equal(joined.kept_BTK[8:, :, 0], longer[..., 0])
+  for nothing in (joined.kept_BTK[:4, 5:], joined.kept_BTK[4:8], joined.kept_BTK[8:, :, 1]):
+    assert (nothing == -1).all()
+  part = rollouts.take_groups(joined, [1])
+  np.testing.assert_array_equal(part.support['kept'][:, :5], ids[2:])
+  assert sample().support == {} and rollouts.concatenate([sample(), sample()]).kept_BTK is None
+
+
 def test_rewards_add_up_and_nan_means_that_none_applies():
   values = np.float32([[1.0, np.nan, 0.5, np.nan], [0.5, 2.0, np.nan, np.nan]])
   dense = np.ones((4, 5), np.float32)
@@ -145,10 +161,14 @@ def test_token_rewards_lie_on_the_completion():
 
 @pytest.mark.parametrize(
   'field, value',
-  [('temperature', -0.1), ('top_k', -1), ('top_p', 0.0), ('top_p', 1.1), ('stop_ids', ())],
+  [
+    *(('temperature', -0.1), ('top_k', -1), ('top_p', 0.0), ('top_p', 1.1), ('min_p', -0.1)),
+    *(('min_p', 1.1), ('max_kept_tokens', -1), ('stop_ids', ())),
+  ],
 )
 def test_spec_refuses_what_cannot_be_sampled(field, value):
-  good = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'stop_ids': (1,)}
+  good = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'max_kept_tokens': 0}
+  good['stop_ids'] = (1,)
   types.Spec(**good)
   with pytest.raises(records.UserError, match=rf'{field}='):
     types.Spec(**(good | {field: value}))

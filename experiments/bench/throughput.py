@@ -1,6 +1,7 @@
 """Tokens per second of the sampler and the learner, after compilation.
 
   python experiments/bench/throughput.py --model=nano
+  python experiments/bench/throughput.py --model=nano --top_p=0.95
   python experiments/bench/throughput.py --model=smollm2_135m --compute_dtype=bfloat16
 
 Sampling: `rows` sequences of `new` tokens, EOS ignored, tokens counted without prompts. Training:
@@ -26,6 +27,7 @@ DTYPE = flags.DEFINE_enum('compute_dtype', 'float32', ['float32', 'bfloat16'], '
 ROWS = flags.DEFINE_integer('rows', 0, 'Sequences; 0: 512, for smollm2 64.')
 NEW = flags.DEFINE_integer('new', 0, 'New tokens per sequence; 0: 24, for smollm2 64.')
 PROMPT = flags.DEFINE_integer('prompt', 16, 'Prompt tokens.')
+TOP_P = flags.DEFINE_float('top_p', 1.0, 'Below 1 both sides work on the tokens that it keeps.')
 REPEATS = flags.DEFINE_integer('repeats', 10, 'Timed runs.')
 
 
@@ -51,7 +53,7 @@ def main(_) -> None:
   )
   # Token 0 is the stop id and forbidden, so every row runs to its cap.
   sampler = sampling.Sampler(model, mesh, (0,))
-  spec = types.Spec(1.0, 0, 1.0, (0,))
+  spec = types.Spec(1.0, 0, TOP_P.value, 0.0, config.vocab_size, (0,))
   section = common.optim(1e-5).to_dict()
   student = learner.Learner(
     model=model,
@@ -71,7 +73,8 @@ def main(_) -> None:
     out = sampler.generate(state.params, requests, spec, 0, lambda: None)
     middle = time.perf_counter()
     weight = (out.source_RS == types.POLICY).astype(np.float32)
-    seqs = packing.sequences(out.tokens_RS, out.length_R, {'weight': weight})
+    aux = {'weight': weight} | ({} if out.kept_RSK is None else {'kept': out.kept_RSK})
+    seqs = packing.sequences(out.tokens_RS, out.length_R, aux)
     batches, _ = packing.pack(seqs, row_length, 8, 1)
     state, reports = student.update(state, batches, (weight.sum(),))
     learner.reduce_reports(reports)
@@ -90,6 +93,7 @@ def main(_) -> None:
     'model': MODEL.value,
     'compute_dtype': DTYPE.value,
     'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    'top_p': TOP_P.value,
     'sequences x new tokens': [rows, new],
     'sampled tokens/s (min, median, max)': spread(sampled, sample_s),
     'trained tokens/s (min, median, max)': spread(trained, train_s),

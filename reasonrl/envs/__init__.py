@@ -4,7 +4,7 @@ An environment is a frozen dataclass of its settings with
 
     rollout(tools, state, step)    -> Experience; `state` holds parameter trees ('params', 'ema',
                                    'ref', ...) and 'version', the optimizer step of 'params'
-    num_generations, max_completion_length, temperature, top_k, top_p
+    num_generations, max_completion_length, temperature, top_k, top_p, min_p, max_kept_tokens
 """
 
 from reasonrl.envs import single_turn

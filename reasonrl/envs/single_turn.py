@@ -21,6 +21,8 @@ class SingleTurn:
   temperature: float
   top_k: int
   top_p: float
+  min_p: float
+  max_kept_tokens: int
   slots: int
 
   def rollout(self, tools: types.Tools, state: dict, step: int) -> types.Experience:
@@ -41,8 +43,14 @@ class SingleTurn:
       key_R=tools.row_keys(step, id_R, sample_R, 0),
       max_new_R=np.full(prompt_R.size, self.max_completion_length, np.int32),
     )
-    stop_ids = tuple(tools.tokenizer.eos_ids)
-    spec = types.Spec(self.temperature, self.top_k, self.top_p, stop_ids)
+    spec = types.Spec(
+      temperature=self.temperature,
+      top_k=self.top_k,
+      top_p=self.top_p,
+      min_p=self.min_p,
+      max_kept_tokens=self.max_kept_tokens,
+      stop_ids=tuple(tools.tokenizer.eos_ids),
+    )
     samples = tools.generate(state['params'], requests, spec, self.slots)
     experience = types.Experience(
       tokens_BT=samples.tokens_RS,
@@ -58,6 +66,7 @@ class SingleTurn:
       parts={},
       reward_weights={},
       reward_BT=None,
+      kept_BTK=samples.kept_RSK,
       scores={},
       examples=tuple(examples[p] for p in prompt_R),
       completions=tuple(self._completion(tools, samples, r) for r in range(prompt_R.size)),
