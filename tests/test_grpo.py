@@ -112,6 +112,25 @@ def test_permuting_rows_permutes_advantages():
   np.testing.assert_array_equal(got.sum(1), want.sum(1))
 
 
+@pytest.mark.parametrize('returns', ['outcome', 'to_go'])
+def test_a_rollout_without_reward_has_no_advantage_and_no_part_in_whitening(returns):
+  """Not that of a reward of 0: one token each, rewards 1, 0, none; KL in the reward."""
+  found = tiny.experience([1.0, 0.0, np.nan], [0, 0, 0], [1, 1, 1])
+  found = dataclasses.replace(
+    found, scores={'old_logp': -found.mask_BT, 'ref_logp': -2 * found.mask_BT}
+  )
+  fields = {'baseline': 'none', 'scale_rewards': 'none', 'returns': returns, 'advantage_eps': 0.0}
+  fields |= {'beta': 0.1, 'kl_estimator': 'k1', 'kl_placement': 'reward'}
+  plain = tiny.algorithm(**fields).advantages(found)[:, 2]
+  np.testing.assert_allclose(plain, [0.9, -0.1, 0.0], atol=1e-7)
+  whitened = tiny.algorithm(**fields, whiten=True).advantages(found)[:, 2]
+  np.testing.assert_allclose(whitened, [math.sqrt(0.5), -math.sqrt(0.5), 0.0], rtol=1e-6)
+  dense = np.float32([[0, 0, 0], [0, 0, 0], [0, 0, 0.5]])  # but credit per token is a reward
+  found = dataclasses.replace(found, reward_BT=dense)
+  credited = tiny.algorithm(**fields | {'returns': 'to_go'}).advantages(found)[:, 2]
+  np.testing.assert_allclose(credited, [0.9, -0.1, 0.4], atol=1e-7)
+
+
 def test_which_groups_are_kept():
   assert tiny.algorithm().keep(experience()) is None
   drop = tiny.algorithm(zero_variance='drop')

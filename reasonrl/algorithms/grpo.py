@@ -117,6 +117,8 @@ class GRPO:
   def advantages(self, experience: types.Experience) -> np.ndarray:
     """rho A of every token, 0 where the policy did not sample it: float32 [B, T].
 
+    A rollout to which no reward applies has 0 and no part in any mean.
+
     Raises:
       UserError: a reward gave credit to single tokens and `returns` is 'outcome'.
     """
@@ -140,9 +142,11 @@ class GRPO:
       else:
         reward_R -= np.bincount(rollout_B, penalty_BT.sum(1), reward_R.size)
         outcome_R = advantages.outcome(reward_R, group_R, *shaped)
-      adv_BT = outcome_R[rollout_B][:, None] * mask_BT
+      adv_BT = outcome_R[rollout_B][:, None]
+    judged_BT = mask_BT * _judged(experience)[rollout_B][:, None]
+    adv_BT = adv_BT * judged_BT
     if self.whiten:
-      adv_BT = advantages.whiten(adv_BT, mask_BT, self.advantage_eps, sharding.total)
+      adv_BT = advantages.whiten(adv_BT, judged_BT, self.advantage_eps, sharding.total)
     adv_BT = np.where(adv_BT > 0, self.positive_weight, self.negative_weight) * adv_BT
     if self.importance_correction != 'none' and self.surrogate != 'vespo':
       adv_BT = adv_BT * self._rho(experience)
@@ -253,6 +257,14 @@ class GRPO:
     if self.entropy_coef:
       loss -= self.entropy_coef * out.entropy
     return loss, metrics
+
+
+def _judged(experience: types.Experience) -> np.ndarray:
+  """bool [R]: a reward applies, to the whole rollout or to some of its tokens."""
+  judged_R = ~np.isnan(experience.reward_R)
+  if experience.reward_BT is not None:
+    judged_R[experience.rollout_B[experience.reward_BT.any(1)]] = True
+  return judged_R
 
 
 def _ppo_clip(cfg: GRPO, logp, ratio, aux):
