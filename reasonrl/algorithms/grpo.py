@@ -247,7 +247,7 @@ class GRPO:
     if self.importance_sampling_level != 'token':
       # Value of the completion's ratio, on each of its tokens a share of its gradient (eq. 13).
       mean = aux['sequence_log_ratio'] if self.prepare else 0.0
-      gap = mean + rl_math.log_ratio(logp, jax.lax.stop_gradient(logp), weight)
+      gap = mean + (gap - jax.lax.stop_gradient(gap))
     ratio = jnp.exp(gap)
     loss, metrics = SURROGATES[self.surrogate](self, logp, ratio, aux)
     metrics['ratio_max'] = ratio
