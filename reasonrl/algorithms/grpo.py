@@ -242,7 +242,8 @@ class GRPO:
 
   def token_loss(self, out, aux):
     """loss_M and metrics, from out.logp, out.entropy and aux: 'adv', 'weight', what is needed."""
-    logp, weight = out.logp, aux['weight']
+    weight = aux['weight']
+    logp = jnp.where(weight > 0, out.logp, 0.0)  # a masked NaN in adv would reach its gradient
     gap = rl_math.log_ratio(logp, self._old(logp, aux), weight, self.log_ratio_clamp)
     if self.importance_sampling_level != 'token':
       # Value of the completion's ratio, on each of its tokens a share of its gradient (eq. 13).
