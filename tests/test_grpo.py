@@ -68,6 +68,7 @@ def test_needs_only_the_scores_it_uses(changes, needs):
     ({}, 1, 'num_generations=1: .* at least 2'),
     ({'scale_rewards': 'none'}, 1, 'num_generations=1: .* at least 2'),
     ({'scale_rewards': 'std'}, 4, "scale_rewards='std' is not one of .*'group'"),
+    ({'std_ddof': 2}, 4, r'std_ddof=2 is not one of \(0, 1\)'),
     ({'loss_agg': 'mean'}, 4, "loss_agg='mean' is not one of .*'token_mean'"),
     ({'num_iterations': 0}, 4, 'num_iterations=0 must be at least 1'),
     ({'num_minibatches': 0}, 4, 'num_minibatches=0 must be at least 1'),
