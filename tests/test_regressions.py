@@ -552,6 +552,10 @@ def test_bug_35_old_scores_differ_from_new_ones_on_policy(level):
   assert grpo.needs == frozenset() and grpo.prepare is None
   row, _ = measure(grpo, dataclasses.replace(found(), scores={}))
   assert (row['ratio_max'], row['clip_ratio/low'], row['clip_ratio/high']) == (1.0, 0.0, 0.0)
+  # Nor where old scores exist for another purpose: scored by another program, here of other value.
+  corrected = dataclasses.replace(grpo, importance_correction='sequence_mask', importance_max=1e9)
+  assert 'old_logp' in corrected.needs
+  assert measure(corrected, found())[0]['ratio_max'] == 1.0
 
 
 def test_bug_37_reference_with_other_parameters():

@@ -199,8 +199,9 @@ class GRPO:
   def prepare(self):
     """None, or the function that gives every token the log-ratio of its completion."""
     sequence = self.importance_sampling_level != 'token' or self.surrogate == 'vespo'
-    moves = self._several or self.old_policy == 'sampler' or self.importance_correction != 'none'
-    return self._sequence_log_ratio if sequence and moves else None
+    moves = self._several or self.old_policy == 'sampler'
+    corrected = self.surrogate == 'vespo' and self.importance_correction != 'none'
+    return self._sequence_log_ratio if (sequence and moves) or corrected else None
 
   def _sequence_log_ratio(self, logp_BM, batch: types.Batch):
     """The mean log-ratio over a completion (GSPO, arXiv 2507.18071 eq. 7), or the sum (VESPO)."""
@@ -238,7 +239,7 @@ class GRPO:
   def _old(self, logp, aux):
     if self.old_policy == 'sampler':
       return aux['sampler_logp']
-    return aux['old_logp'] if 'old_logp' in self.needs else jax.lax.stop_gradient(logp)
+    return aux['old_logp'] if self._several else jax.lax.stop_gradient(logp)
 
   def token_loss(self, out, aux):
     """loss_M and metrics, from out.logp, out.entropy and aux: 'adv', 'weight', what is needed."""
