@@ -72,6 +72,8 @@ def test_needs_only_the_scores_it_uses(changes, needs):
     ({'loss_agg': 'mean'}, 4, "loss_agg='mean' is not one of .*'token_mean'"),
     ({'num_iterations': 0}, 4, 'num_iterations=0 must be at least 1'),
     ({'num_minibatches': 0}, 4, 'num_minibatches=0 must be at least 1'),
+    ({'importance_max': 0.0}, 4, 'importance_max=0.0 must be above 0'),
+    ({'log_ratio_clamp': -1.0}, 4, 'log_ratio_clamp=-1.0 must be above 0'),
   ],
 )
 def test_settings_that_cannot_train_are_refused_by_name(changes, generations, said):

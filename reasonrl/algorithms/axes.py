@@ -21,6 +21,8 @@ CHOICES = {
 }
 LEAST = {'num_iterations': 1, 'num_minibatches': 1, 'loss_constant': 1, 'local_rows': 1}
 LEAST |= dict.fromkeys(('advantage_eps', 'epsilon', 'beta', 'gamma'), 0)
+POSITIVE = ('log_ratio_clamp', 'cispo_ratio_max', 'importance_max')  # or None
+POSITIVE += ('sapo_temperature_pos', 'sapo_temperature_neg')
 
 
 def check(cfg, num_generations: int, rewards) -> None:
@@ -37,6 +39,9 @@ def check(cfg, num_generations: int, rewards) -> None:
   for name, least in LEAST.items():
     if getattr(cfg, name) < least:
       raise records.UserError(f'algorithm.{name}={getattr(cfg, name)} must be at least {least}')
+  for name in POSITIVE:
+    if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
+      raise records.UserError(f'algorithm.{name}={getattr(cfg, name)} must be above 0')
   if cfg.zero_variance_of not in ('reward', *rewards):
     choices = ', '.join(('reward', *rewards))
     raise records.UserError(
