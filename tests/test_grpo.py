@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import oracle_grpo
 import pytest
 import tiny
 
@@ -198,15 +199,19 @@ def test_loss_and_gradient_equal_the_float64_oracle(beta, epsilon_high, num_iter
   start = scores(hidden, head)[0]
   old, ref = (np.float32(start + rng.normal(size=start.size) * spread) for spread in (0.4, 0.7))
 
-  def want(grpo, hidden, head):
-    columns = {'logp': scores(hidden, head)[0], 'ref_logp': ref}
-    columns['old_logp'] = start if num_iterations == 1 else old
-    rows = [
-      {'stop': stop, **{name: list(x[row_M == i]) for name, x in columns.items()}}
+  outcomes = [{'group': g, 'reward': r} for g, r in zip(GROUPS, REWARDS, strict=True)]
+
+  def rows(hidden):
+    logp, entropy = scores(hidden, head)
+    columns = {'logp': logp, 'entropy': entropy, 'old': old, 'ref': ref}
+    columns |= dict.fromkeys(('sampler', 'dense'), np.zeros(targets.size))
+    return [
+      {'rollout': i, 'group': GROUPS[i], 'stop': stop, 'trained': True}
+      | {name: x[row_M == i].tolist() for name, x in columns.items()}
       for i, stop in enumerate(STOPS)
     ]
-    return oracle.grpo(grpo, rows, REWARDS, GROUPS)
 
+  held = rows(hidden)
   for scale, loss_agg, mask_truncated in itertools.product(SCALES, AGGREGATES, [False, True]):
     grpo = tiny.algorithm(
       scale_rewards=scale,
@@ -225,16 +230,26 @@ def test_loss_and_gradient_equal_the_float64_oracle(beta, epsilon_high, num_iter
       grpo, scale_rewards='', loss_agg='', mask_truncated_completions=False
     )
     (total, metrics), dhidden = fused(traced, hidden, head, targets, aux)
-    loss, means = want(grpo, hidden, head)
-    assert float(total) / denominator == pytest.approx(loss, rel=2e-5, abs=1e-6)
-    gradient = oracle.numerical_gradient(lambda h: want(grpo, h, head)[0], hidden)  # noqa: B023
+    A = oracle_grpo.credit(grpo, held, outcomes, held, {})
+    want = lambda h: oracle_grpo.objective(grpo, rows(h), held, A)  # noqa: B023
+    assert float(total) / denominator == pytest.approx(want(hidden), rel=2e-5, abs=1e-6)
+    gradient = oracle.numerical_gradient(want, hidden)
     np.testing.assert_allclose(dhidden / denominator, gradient, rtol=1e-3, atol=2e-6)
     assert np.abs(gradient).max() > 1e-3
     kept = aux['weight'] > 0
-    for name in means if beta else ('clip_ratio/low', 'clip_ratio/high'):
-      assert float(metrics[name][kept].mean()) == pytest.approx(means[name], abs=1e-6), name
+    ratio = np.exp(start - (old if num_iterations == 2 else start))
+    adv, high = aux['adv'], 1 + (0.2 if epsilon_high is None else epsilon_high)
+    means = {
+      'clip_ratio/low': (ratio < 0.8) & (adv < 0),
+      'clip_ratio/high': (ratio > high) & (adv > 0),
+    }
+    if beta:
+      means['kl'] = np.exp(ref - start) - (ref - start) - 1
+    for name, values in means.items():
+      mean = pytest.approx(values[kept].mean(), abs=1e-6)
+      assert float(metrics[name][kept].mean()) == mean, name
     if num_iterations == 2:
-      assert means['clip_ratio/low'] > 0 and means['clip_ratio/high'] > 0
+      assert means['clip_ratio/low'][kept].any() and means['clip_ratio/high'][kept].any()
 
 
 # ------------------------------------------------------------------------------------ a bandit
