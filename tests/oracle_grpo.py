@@ -88,21 +88,21 @@ def before(cfg, row, held):
   return row['old'] if several(cfg) else held['logp']
 
 
-def penalties(cfg, row, held):
+def penalties(cfg, row):
   """beta KL(pi_old || ref) of every token, where it is part of the reward."""
   if cfg.beta == 0 or cfg.kl_placement == 'loss':
     return [0.0] * len(row['ref'])
   return [
     cfg.beta * kl(cfg.kl_estimator, pi, ref, None, None)
-    for pi, ref in zip(before(cfg, row, held), row['ref'], strict=True)
+    for pi, ref in zip(before(cfg, row, row), row['ref'], strict=True)
   ]
 
 
-def credit(cfg, rows, rollouts, held, weights):
-  """A of every sampled token: list of lists."""
+def credit(cfg, rows, rollouts, weights):
+  """A of every sampled token: list of lists. `weights`: of the rewards by name, for GDPO."""
   groups = [rollout['group'] for rollout in rollouts]
   rewards = [rollout['reward'] for rollout in rollouts]
-  penalty = [penalties(cfg, row, point) for row, point in zip(rows, held, strict=True)]
+  penalty = [penalties(cfg, row) for row in rows]
   if cfg.returns == 'to_go':
     A = group_advantages(cfg, rewards, groups, cfg.baseline, cfg.scale_rewards)
     out = returns(cfg, rows, A, penalty)

@@ -230,7 +230,7 @@ def test_loss_and_gradient_equal_the_float64_oracle(beta, epsilon_high, num_iter
       grpo, scale_rewards='', loss_agg='', mask_truncated_completions=False
     )
     (total, metrics), dhidden = fused(traced, hidden, head, targets, aux)
-    A = oracle_grpo.credit(grpo, held, outcomes, held, {})
+    A = oracle_grpo.credit(grpo, held, outcomes, {})
     want = lambda h: oracle_grpo.objective(grpo, rows(h), held, A)  # noqa: B023
     assert float(total) / denominator == pytest.approx(want(hidden), rel=2e-5, abs=1e-6)
     gradient = oracle.numerical_gradient(want, hidden)

@@ -361,7 +361,7 @@ def by_the_book(cfg):
   for of, trained in zip(held, first_minibatch(cfg, len(held)), strict=True):
     of['trained'] = trained
 
-  A = oracle_grpo.credit(cfg, held, outcomes, held, WEIGHTS)
+  A = oracle_grpo.credit(cfg, held, outcomes, WEIGHTS)
   loss = lambda rows: oracle_grpo.objective(cfg, rows, held, A)
   grads = np.zeros(params['table'].shape)
   rows = [of | {'logp': list(of['logp']), 'entropy': list(of['entropy'])} for of in held]
