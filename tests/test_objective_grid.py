@@ -252,7 +252,7 @@ def data():
   now, entropy = scores(params['table'][context])
 
   spread = lambda start, width: np.float32(start + rng.normal(size=start.size) * width)
-  old = spread(now, 0.4)
+  old = spread(now, 0.6)
   tokens = {'now': now, 'entropy': entropy, 'old': old, 'ref': spread(now, 0.6)}
   tokens |= {'sampler': spread(old, 0.3), 'dense': spread(np.zeros(now.size), 0.3)}
   tokens['dense'][[ROLLOUT_B[b] == 5 for b in row]] = 0.0
@@ -440,6 +440,31 @@ def test_every_pair_of_values_is_the_oracle(case):
 @pytest.mark.parametrize('case', range(FOUR_TIMES))
 def test_every_pair_of_values_four_times_is_the_oracle(case):
   compare(algorithm(covering(4)[case]))
+
+
+@pytest.mark.parametrize(
+  'plain, bound',
+  [
+    ({}, {'delta': 1.4}),
+    ({}, {'dual_clip': 1.5}),
+    ({'dual_clip': 1.5}, {'delta': 1.4}),
+    ({}, {'epsilon_high': 0.5}),
+    ({}, {'log_ratio_clamp': 0.5}),
+    ({'importance_sampling_level': 'sequence'}, {'log_ratio_clamp': 0.5}),
+    ({'surrogate': 'cispo', 'cispo_ratio_max': 1.3}, {'cispo_ratio_min': 0.9}),
+    ({'importance_correction': 'token_mask'}, {'importance_min': 0.9}),
+    ({'importance_correction': 'sequence_truncate'}, {'importance_min': 0.9}),
+    ({'importance_correction': 'token_mask'}, {'importance_max': 1.1}),
+    ({'surrogate': 'vespo', 'importance_correction': 'token_mask'}, {'importance_max': 1.1}),
+  ],
+)
+def test_every_bound_is_the_oracle_and_binds(plain, bound):
+  """By the oracle, loss or gradient are others without it."""
+  plain, bounded = (
+    tiny.algorithm(**{'num_iterations': 2, **plain, **more}) for more in ({}, bound)
+  )
+  compare(bounded)
+  assert np.abs(by_the_book(plain)[1] - by_the_book(bounded)[1]).max() > 1e-3
 
 
 def test_the_pair_that_a_third_axis_makes_good_is_the_oracle():
