@@ -204,7 +204,10 @@ class GRPO:
     return self._sequence_log_ratio if (sequence and moves) or corrected else None
 
   def _sequence_log_ratio(self, logp_BM, batch: types.Batch):
-    """The mean log-ratio over a completion (GSPO, arXiv 2507.18071 eq. 7), or the sum (VESPO)."""
+    """The mean log-ratio over a completion (GSPO, arXiv 2507.18071 eq. 7), or the sum (VESPO).
+
+    It counts once per token: completions weigh alike under 'seq_mean_token_mean' alone (GSPO).
+    """
     weight_BM = batch.aux['weight']
     segment_BM = jnp.take_along_axis(batch.segments_BT, batch.index_BM, axis=1)
     gap_BM = rl_math.log_ratio(logp_BM, self._old(logp_BM, batch.aux), weight_BM, self._clamp)
