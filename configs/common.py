@@ -368,7 +368,8 @@ def evaluation() -> ConfigDict:
 
 
 ALGORITHM_PRESETS = {  # preset -> what it changes of `algorithm('grpo')`
-  # TRL's defaults (GRPOConfig, 2026-07), without its correction for a vLLM sampler
+  # TRL's defaults (GRPOConfig), without its correction for a vLLM sampler; with beta above 0 its
+  # newest version (1.16) has kl_estimator 'ratio_k3'
   'grpo': {},
   # arXiv 2402.03300, sec. 4.2 and eq. 3; epsilon is not stated there
   'deepseekmath_grpo': {'beta': 0.04, 'loss_agg': 'seq_mean_token_mean'},

@@ -1,6 +1,7 @@
 """NumPy float64 oracles: plain loops over rows, tokens and channels, as the papers write them.
 
 Nothing here is shared with the library, so an error has to be made twice to go unseen.
+The objective of reinforcement learning is in `oracle_grpo`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-
-LENGTH = 2  # records.Stop.LENGTH
 
 
 def scores(
@@ -38,66 +37,6 @@ def scores(
     logp_M.append(logp_V[target])
     entropy_M.append(-sum(math.exp(x) * x for x in logp_V))
   return np.array(logp_M), np.array(entropy_M)
-
-
-def advantages(rewards, groups, scale, ddof, eps):
-  """One advantage per rollout; a NaN reward is absent from its group and gets 0."""
-  out = []
-  for r, g in zip(rewards, groups, strict=True):
-    group = [float(x) for x, other in zip(rewards, groups, strict=True) if other == g]
-    members = [x for x in group if not math.isnan(x)]
-    if math.isnan(r) or len(members) < 2:
-      out.append(0.0)
-      continue
-    mean = sum(members) / len(members)
-    advantage = float(r) - mean
-    if scale == 'group':
-      std = math.sqrt(sum((x - mean) ** 2 for x in members) / (len(members) - ddof))
-      advantage /= std + eps
-    out.append(advantage)
-  return out
-
-
-def grpo(cfg, rows, rewards, groups):
-  """The GRPO objective as a loss (-J), and its metrics.
-
-  Args:
-    cfg: an `algorithms.grpo.GRPO`, read as plain data.
-    rows: one rollout each: dict with 'stop' and, per trained token, 'logp', 'old_logp', 'ref_logp'.
-      On the first pass over fresh samples old_logp is logp, held fixed.
-    rewards: one per row.
-    groups: one id per row.
-
-  Returns:
-    loss, {'kl', 'clip_ratio/low', 'clip_ratio/high'}: means over trained tokens.
-  """
-  high = cfg.epsilon if cfg.epsilon_high is None else cfg.epsilon_high
-  adv = advantages(rewards, groups, cfg.scale_rewards, cfg.std_ddof, cfg.advantage_eps)
-  total, tokens, kept = 0.0, 0, 0
-  metrics = {'kl': 0.0, 'clip_ratio/low': 0, 'clip_ratio/high': 0}
-  for A, row in zip(adv, rows, strict=True):
-    if cfg.mask_truncated_completions and row['stop'] == LENGTH:
-      continue
-    kept += 1
-    row_loss = 0.0
-    for logp, old, ref in zip(row['logp'], row['old_logp'], row['ref_logp'], strict=True):
-      ratio = math.exp(logp - old)
-      clipped = min(max(ratio, 1 - cfg.epsilon), 1 + high)
-      k3 = math.exp(ref - logp) - (ref - logp) - 1
-      row_loss += -min(ratio * A, clipped * A) + cfg.beta * k3
-      tokens += 1
-      metrics['kl'] += k3
-      metrics['clip_ratio/low'] += ratio < 1 - cfg.epsilon and A < 0
-      metrics['clip_ratio/high'] += ratio > 1 + high and A > 0
-    if cfg.loss_agg == 'seq_mean_token_mean':
-      row_loss /= len(row['logp'])
-    total += row_loss
-  denominator = {
-    'token_mean': tokens,
-    'seq_mean_token_mean': kept,
-    'token_sum_const': kept * cfg.loss_constant,
-  }[cfg.loss_agg]
-  return total / denominator, {name: x / tokens for name, x in metrics.items()}
 
 
 def rotary_frequency(cfg, i, window):

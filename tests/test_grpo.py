@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import oracle_grpo
 import pytest
 import tiny
 
@@ -68,9 +69,12 @@ def test_needs_only_the_scores_it_uses(changes, needs):
     ({}, 1, 'num_generations=1: .* at least 2'),
     ({'scale_rewards': 'none'}, 1, 'num_generations=1: .* at least 2'),
     ({'scale_rewards': 'std'}, 4, "scale_rewards='std' is not one of .*'group'"),
+    ({'std_ddof': 2}, 4, r'std_ddof=2 is not one of \(0, 1\)'),
     ({'loss_agg': 'mean'}, 4, "loss_agg='mean' is not one of .*'token_mean'"),
     ({'num_iterations': 0}, 4, 'num_iterations=0 must be at least 1'),
     ({'num_minibatches': 0}, 4, 'num_minibatches=0 must be at least 1'),
+    ({'importance_max': 0.0}, 4, 'importance_max=0.0 must be above 0'),
+    ({'log_ratio_clamp': -1.0}, 4, 'log_ratio_clamp=-1.0 must be above 0'),
   ],
 )
 def test_settings_that_cannot_train_are_refused_by_name(changes, generations, said):
@@ -110,6 +114,25 @@ def test_permuting_rows_permutes_advantages():
   want = grpo.advantages(experience())[order]
   got = grpo.advantages(permuted)
   np.testing.assert_array_equal(got.sum(1), want.sum(1))
+
+
+@pytest.mark.parametrize('returns', ['outcome', 'to_go'])
+def test_a_rollout_without_reward_has_no_advantage_and_no_part_in_whitening(returns):
+  """Not that of a reward of 0: one token each, rewards 1, 0, none; KL in the reward."""
+  found = tiny.experience([1.0, 0.0, np.nan], [0, 0, 0], [1, 1, 1])
+  found = dataclasses.replace(
+    found, scores={'old_logp': -found.mask_BT, 'ref_logp': -2 * found.mask_BT}
+  )
+  fields = {'baseline': 'none', 'scale_rewards': 'none', 'returns': returns, 'advantage_eps': 0.0}
+  fields |= {'beta': 0.1, 'kl_estimator': 'k1', 'kl_placement': 'reward'}
+  plain = tiny.algorithm(**fields).advantages(found)[:, 2]
+  np.testing.assert_allclose(plain, [0.9, -0.1, 0.0], atol=1e-7)
+  whitened = tiny.algorithm(**fields, whiten=True).advantages(found)[:, 2]
+  np.testing.assert_allclose(whitened, [math.sqrt(0.5), -math.sqrt(0.5), 0.0], rtol=1e-6)
+  dense = np.float32([[0, 0, 0], [0, 0, 0], [0, 0, 0.5]])  # but credit per token is a reward
+  found = dataclasses.replace(found, reward_BT=dense)
+  credited = tiny.algorithm(**fields | {'returns': 'to_go'}).advantages(found)[:, 2]
+  np.testing.assert_allclose(credited, [0.9, -0.1, 0.4], atol=1e-7)
 
 
 def test_which_groups_are_kept():
@@ -176,15 +199,19 @@ def test_loss_and_gradient_equal_the_float64_oracle(beta, epsilon_high, num_iter
   start = scores(hidden, head)[0]
   old, ref = (np.float32(start + rng.normal(size=start.size) * spread) for spread in (0.4, 0.7))
 
-  def want(grpo, hidden, head):
-    columns = {'logp': scores(hidden, head)[0], 'ref_logp': ref}
-    columns['old_logp'] = start if num_iterations == 1 else old
-    rows = [
-      {'stop': stop, **{name: list(x[row_M == i]) for name, x in columns.items()}}
+  outcomes = [{'group': g, 'reward': r} for g, r in zip(GROUPS, REWARDS, strict=True)]
+
+  def rows(hidden):
+    logp, entropy = scores(hidden, head)
+    columns = {'logp': logp, 'entropy': entropy, 'old': old, 'ref': ref}
+    columns |= dict.fromkeys(('sampler', 'dense'), np.zeros(targets.size))
+    return [
+      {'rollout': i, 'group': GROUPS[i], 'stop': stop, 'trained': True}
+      | {name: x[row_M == i].tolist() for name, x in columns.items()}
       for i, stop in enumerate(STOPS)
     ]
-    return oracle.grpo(grpo, rows, REWARDS, GROUPS)
 
+  held = rows(hidden)
   for scale, loss_agg, mask_truncated in itertools.product(SCALES, AGGREGATES, [False, True]):
     grpo = tiny.algorithm(
       scale_rewards=scale,
@@ -203,16 +230,26 @@ def test_loss_and_gradient_equal_the_float64_oracle(beta, epsilon_high, num_iter
       grpo, scale_rewards='', loss_agg='', mask_truncated_completions=False
     )
     (total, metrics), dhidden = fused(traced, hidden, head, targets, aux)
-    loss, means = want(grpo, hidden, head)
-    assert float(total) / denominator == pytest.approx(loss, rel=2e-5, abs=1e-6)
-    gradient = oracle.numerical_gradient(lambda h: want(grpo, h, head)[0], hidden)  # noqa: B023
+    A = oracle_grpo.credit(grpo, held, outcomes, {})
+    want = lambda h: oracle_grpo.objective(grpo, rows(h), held, A)  # noqa: B023
+    assert float(total) / denominator == pytest.approx(want(hidden), rel=2e-5, abs=1e-6)
+    gradient = oracle.numerical_gradient(want, hidden)
     np.testing.assert_allclose(dhidden / denominator, gradient, rtol=1e-3, atol=2e-6)
     assert np.abs(gradient).max() > 1e-3
     kept = aux['weight'] > 0
-    for name in means if beta else ('clip_ratio/low', 'clip_ratio/high'):
-      assert float(metrics[name][kept].mean()) == pytest.approx(means[name], abs=1e-6), name
+    ratio = np.exp(start - (old if num_iterations == 2 else start))
+    adv, high = aux['adv'], 1 + (0.2 if epsilon_high is None else epsilon_high)
+    means = {
+      'clip_ratio/low': (ratio < 0.8) & (adv < 0),
+      'clip_ratio/high': (ratio > high) & (adv > 0),
+    }
+    if beta:
+      means['kl'] = np.exp(ref - start) - (ref - start) - 1
+    for name, values in means.items():
+      mean = pytest.approx(values[kept].mean(), abs=1e-6)
+      assert float(metrics[name][kept].mean()) == mean, name
     if num_iterations == 2:
-      assert means['clip_ratio/low'] > 0 and means['clip_ratio/high'] > 0
+      assert means['clip_ratio/low'][kept].any() and means['clip_ratio/high'][kept].any()
 
 
 # ------------------------------------------------------------------------------------ a bandit

@@ -8,6 +8,7 @@ CHOICES = {
   'baseline': advantages.BASELINES,
   'scale_rewards': advantages.SCALES,
   'multi_objective_aggregation': ('sum_then_normalize', 'normalize_then_sum'),
+  'std_ddof': (0, 1),
   'returns': ('outcome', 'to_go'),
   'surrogate': ('ppo_clip', 'cispo', 'sapo', 'vespo', 'reinforce'),
   'importance_sampling_level': ('token', 'sequence', 'sequence_token'),
@@ -19,7 +20,9 @@ CHOICES = {
   'zero_variance': ('keep', 'drop'),
 }
 LEAST = {'num_iterations': 1, 'num_minibatches': 1, 'loss_constant': 1, 'local_rows': 1}
-LEAST |= dict.fromkeys(('std_ddof', 'advantage_eps', 'epsilon', 'beta', 'gamma'), 0)
+LEAST |= dict.fromkeys(('advantage_eps', 'epsilon', 'beta', 'gamma'), 0)
+POSITIVE = ('log_ratio_clamp', 'cispo_ratio_max', 'importance_max')  # or None
+POSITIVE += ('sapo_temperature_pos', 'sapo_temperature_neg')
 
 
 def check(cfg, num_generations: int, rewards) -> None:
@@ -36,6 +39,9 @@ def check(cfg, num_generations: int, rewards) -> None:
   for name, least in LEAST.items():
     if getattr(cfg, name) < least:
       raise records.UserError(f'algorithm.{name}={getattr(cfg, name)} must be at least {least}')
+  for name in POSITIVE:
+    if getattr(cfg, name) is not None and getattr(cfg, name) <= 0:
+      raise records.UserError(f'algorithm.{name}={getattr(cfg, name)} must be above 0')
   if cfg.zero_variance_of not in ('reward', *rewards):
     choices = ', '.join(('reward', *rewards))
     raise records.UserError(
@@ -45,10 +51,6 @@ def check(cfg, num_generations: int, rewards) -> None:
     raise records.UserError(
       f'num_generations={num_generations}: group-relative advantages need at least 2 samples '
       'per prompt (the advantage of a group of one is always 0)'
-    )
-  if cfg.scale_rewards == 'group' and cfg.std_ddof >= num_generations:
-    raise records.UserError(
-      f'algorithm.std_ddof={cfg.std_ddof} must be less than num_generations={num_generations}'
     )
   for wrong, why in refusals(cfg):
     if wrong:
@@ -78,6 +80,15 @@ def refusals(cfg) -> list[tuple[bool, str]]:
       cfg.gdpo and (cfg.returns == 'to_go' or cfg.kl_in_reward),
       "multi_objective_aggregation='normalize_then_sum' has no returns='to_go' and no "
       "kl_placement='reward'",
+    ),
+    (
+      cfg.gdpo and (cfg.baseline, cfg.scale_rewards) != ('group_mean', 'group'),
+      "multi_objective_aggregation='normalize_then_sum' standardises each reward by its group: "
+      "baseline='group_mean' and scale_rewards='group'",
+    ),
+    (
+      cfg.scale_rewards == 'mean' and cfg.returns == 'outcome' and cfg.kl_in_reward,
+      "scale_rewards='mean' needs rewards >= 0, which kl_placement='reward' makes negative",
     ),
     (
       level == 'sequence' and (cfg.returns == 'to_go' or token_correction),

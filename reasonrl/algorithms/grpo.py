@@ -118,6 +118,8 @@ class GRPO:
   def advantages(self, experience: types.Experience) -> np.ndarray:
     """rho A of every token, 0 where the policy did not sample it: float32 [B, T].
 
+    A rollout to which no reward applies has 0 and no part in any mean.
+
     Raises:
       UserError: a reward gave credit to single tokens and `returns` is 'outcome'.
     """
@@ -141,9 +143,11 @@ class GRPO:
       else:
         reward_R -= np.bincount(rollout_B, penalty_BT.sum(1), reward_R.size)
         outcome_R = advantages.outcome(reward_R, group_R, *shaped)
-      adv_BT = outcome_R[rollout_B][:, None] * mask_BT
+      adv_BT = outcome_R[rollout_B][:, None]
+    judged_BT = mask_BT * _judged(experience)[rollout_B][:, None]
+    adv_BT = adv_BT * judged_BT
     if self.whiten:
-      adv_BT = advantages.whiten(adv_BT, mask_BT, self.advantage_eps, sharding.total)
+      adv_BT = advantages.whiten(adv_BT, judged_BT, self.advantage_eps, sharding.total)
     adv_BT = np.where(adv_BT > 0, self.positive_weight, self.negative_weight) * adv_BT
     if self.importance_correction != 'none' and self.surrogate != 'vespo':
       adv_BT = adv_BT * self._rho(experience)
@@ -196,11 +200,15 @@ class GRPO:
   def prepare(self):
     """None, or the function that gives every token the log-ratio of its completion."""
     sequence = self.importance_sampling_level != 'token' or self.surrogate == 'vespo'
-    moves = self.moves or self.old_policy == 'sampler' or self.importance_correction != 'none'
-    return self._sequence_log_ratio if sequence and moves else None
+    moves = self.moves or self.old_policy == 'sampler'
+    corrected = self.surrogate == 'vespo' and self.importance_correction != 'none'
+    return self._sequence_log_ratio if (sequence and moves) or corrected else None
 
   def _sequence_log_ratio(self, logp_BM, batch: types.Batch):
-    """The mean log-ratio over a completion (GSPO, arXiv 2507.18071 eq. 7), or the sum (VESPO)."""
+    """The mean log-ratio over a completion (GSPO, arXiv 2507.18071 eq. 7), or the sum (VESPO).
+
+    It counts once per token: completions weigh alike under 'seq_mean_token_mean' alone (GSPO).
+    """
     weight_BM = batch.aux['weight']
     segment_BM = jnp.take_along_axis(batch.segments_BT, batch.index_BM, axis=1)
     gap_BM = rl_math.log_ratio(logp_BM, self._old(logp_BM, batch.aux), weight_BM, self._clamp)
@@ -235,16 +243,17 @@ class GRPO:
   def _old(self, logp, aux):
     if self.old_policy == 'sampler':
       return aux['sampler_logp']
-    return aux['old_logp'] if 'old_logp' in self.needs else jax.lax.stop_gradient(logp)
+    return aux['old_logp'] if self.moves else jax.lax.stop_gradient(logp)
 
   def token_loss(self, out, aux):
     """loss_M and metrics, from out.logp, out.entropy and aux: 'adv', 'weight', what is needed."""
-    logp, weight = out.logp, aux['weight']
+    weight = aux['weight']
+    logp = jnp.where(weight > 0, out.logp, 0.0)  # a masked NaN in adv would reach its gradient
     gap = rl_math.log_ratio(logp, self._old(logp, aux), weight, self.log_ratio_clamp)
     if self.importance_sampling_level != 'token':
       # Value of the completion's ratio, on each of its tokens a share of its gradient (eq. 13).
       mean = aux['sequence_log_ratio'] if self.prepare else 0.0
-      gap = mean + rl_math.log_ratio(logp, jax.lax.stop_gradient(logp), weight)
+      gap = mean + (gap - jax.lax.stop_gradient(gap))
     ratio = jnp.exp(gap)
     loss, metrics = SURROGATES[self.surrogate](self, logp, ratio, aux)
     metrics['ratio_max'] = ratio
@@ -254,6 +263,14 @@ class GRPO:
     if self.entropy_coef:
       loss -= self.entropy_coef * out.entropy
     return loss, metrics
+
+
+def _judged(experience: types.Experience) -> np.ndarray:
+  """bool [R]: a reward applies, to the whole rollout or to some of its tokens."""
+  judged_R = ~np.isnan(experience.reward_R)
+  if experience.reward_BT is not None:
+    judged_R[experience.rollout_B[experience.reward_BT.any(1)]] = True
+  return judged_R
 
 
 def _ppo_clip(cfg: GRPO, logp, ratio, aux):

@@ -62,7 +62,7 @@ TRL_DEFAULTS = {
   'vllm_importance_sampling_clip_max': 3.0,
   'vllm_importance_sampling_clip_min': None,
   'off_policy_mask_threshold': None,
-  'use_bias_correction_kl': False,
+  'use_bias_correction_kl': True,
   'reward_weights': None,
   'per_device_train_batch_size': 8,
   'gradient_accumulation_steps': 1,
@@ -194,7 +194,9 @@ def _trl_batch(cfg, add) -> None:
   add('per_device_train_batch_size', EXACT, {}, 'ours packs: rows_per_batch is about memory')
   minibatches = {'algorithm.num_minibatches': max(generation // accumulate, 1)}
   add('gradient_accumulation_steps', EXACT, {})
-  add('steps_per_generation', EXACT, minibatches)
+  several = generation > accumulate and cfg['loss_type'] in ('dapo', 'cispo', 'vespo')
+  note = 'TRL divides each step by the average tokens of the steps, ours by its own' * several
+  add('steps_per_generation', APPROXIMATE if several else EXACT, minibatches, note)
 
 
 def nearest(cfg, env, section) -> dict[str, Any]:
