@@ -10,7 +10,7 @@ P, G, PROMPT, C, V = 3, 4, 2, 7, 5  # prompts, samples each, tokens of prompt an
 B = P * G
 EOS, PAD = 0, 1
 REWARD_WEIGHTS = {'first': 1.0, 'second': 0.5}
-REWARDS = ('complete', 'some missing', 'equal and lonely')
+KINDS = ('complete', 'some missing', 'equal and lonely')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def make(seed: int, off_policy: bool, spread: float = 0.5) -> Case:
   logits = {'policy': policy, 'old': noisy(spread) if off_policy else policy}
   logits |= {'ref': noisy(0.7), 'sampler': logits['old'] + 0.3 * rng.normal(size=policy.shape)}
   rewards = {name: rng.integers(-2, 5, B) / 4 for name in REWARD_WEIGHTS}
-  kind = REWARDS[seed % len(REWARDS)]
+  kind = KINDS[seed % len(KINDS)]
   if kind == 'some missing':
     rewards['first'][[1, 5, 6]] = np.nan
     rewards['second'][[1, 4, 9]] = np.nan  # row 1 has no reward at all

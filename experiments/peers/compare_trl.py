@@ -1,6 +1,6 @@
 """Our loss and gradient against TRL's own trainer code, on random batches.
 
-    bash experiments/peers/compare_trl.sh
+    experiments/peers/compare_trl.sh
 
 makes the environment `.venv-trl`, installs pinned TRL, transformers and torch and this repository
 into it, and runs this program. A CPU build of torch is enough: pip takes one where it knows an
@@ -95,7 +95,7 @@ OPTIONS = {  # what is changed, and the loss types that read it (TRL refuses ves
 
 def errors(got: dict, want: dict) -> tuple[float, float]:
   """Of the loss and of the gradient."""
-  size = np.maximum(np.abs(want['gradient']), 1e-12)  # a step without signal: 0, or 1e-17
+  size = np.maximum(np.abs(want['gradient']), 1e-9)  # without a signal: 0, or 1e-17
   loss = abs(got['loss'] - want['loss']) / size.sum()
   return loss, np.abs(got['gradient'] - want['gradient']).max() / size.max()
 
@@ -179,10 +179,10 @@ def advantage_table(results) -> list[str]:
   worst = collections.defaultdict(float)
   for (*_, scale, seed), found in results:
     for e in found or ():
-      worst[scale, batches.REWARDS[seed]] = max(worst[scale, batches.REWARDS[seed]], e[2])
-  lines = ['| `scale_rewards` | ' + ' | '.join(batches.REWARDS) + ' |', '|---' * 4 + '|']
+      worst[scale, batches.KINDS[seed]] = max(worst[scale, batches.KINDS[seed]], e[2])
+  lines = ['| `scale_rewards` | ' + ' | '.join(batches.KINDS) + ' |', '|---' * 4 + '|']
   for scale in SCALES:
-    numbers = ' | '.join(f'{worst[scale, kind]:.0e}' for kind in batches.REWARDS)
+    numbers = ' | '.join(f'{worst[scale, kind]:.0e}' for kind in batches.KINDS)
     lines.append(f'| {scale} | {numbers} |')
   return lines
 

@@ -130,7 +130,7 @@ def optimizer_steps(base) -> Entry:
     '; '.join(lines) + '.',
     'Ours, by what both document ("active token in the global accumulated batch" is one optimizer '
     "step). TRL divides by the generation batch's tokens per step, on average the same; a step "
-    'with many tokens is then larger. With one optimizer step per generation there is no difference.',
+    'with many tokens is then larger. With one step per generation there is no difference.',
   )
 
 
