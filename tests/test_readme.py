@@ -70,6 +70,8 @@ def test_command(command, tmp_path):
       assert any(line.startswith(f'{marker}:') for line in markers)
   elif program == 'experiments/tpu_vm.sh':
     subprocess.run(['bash', program, '--dry_run', *arguments], cwd=ROOT, check=True)
+  elif program == 'experiments/peers/compare_trl.sh':  # it installs torch: read, not run
+    subprocess.run(['bash', '-n', program, *arguments], cwd=ROOT, check=True)
   else:
     assert program.startswith('python'), f'{command!r}: neither pip, venv, pytest nor a program'
     # A folder with what a clone has, and with the run that other commands speak of.
