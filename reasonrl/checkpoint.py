@@ -138,7 +138,9 @@ def _layout(tree) -> list[str]:
 
 
 @jax.jit
-def _sums(tree):
+def bit_sums(tree):
+  """The sum of every leaf's bits modulo 2^32: uint32 scalars, the same on every mesh."""
+
   def one(x):
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
     return jnp.sum(bits, dtype=jnp.uint32)
@@ -147,8 +149,7 @@ def _sums(tree):
 
 
 def _state_sum(tree) -> int:
-  """crc32 over the sums of all leaves' bits, modulo 2^32: the same on every mesh."""
-  sums = [int(x) for x in jax.tree.leaves(sharding.fetch(_sums(tree)))]
+  sums = [int(x) for x in jax.tree.leaves(sharding.fetch(bit_sums(tree)))]
   return zlib.crc32(json.dumps(sums).encode())
 
 

@@ -25,6 +25,14 @@ _PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the
 _PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
+def choose_platform() -> None:
+  """The CPU, where libtpu is installed without a TPU; before JAX is imported."""
+  devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
+  if 'JAX_PLATFORMS' not in os.environ and importlib.util.find_spec('libtpu') and not devices:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu would look for a TPU, loudly
+    print('no accelerator found: running on the CPU', flush=True)
+
+
 def start(config, workdir: str) -> int:
   """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code."""
   by_hand = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -34,10 +42,7 @@ def start(config, workdir: str) -> int:
       f'{by_hand}'
     )
   print(f'workdir: {workdir}', flush=True)
-  devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
-  if 'JAX_PLATFORMS' not in os.environ and importlib.util.find_spec('libtpu') and not devices:
-    os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu would look for a TPU, loudly
-    print('no accelerator found: running on the CPU', flush=True)
+  choose_platform()
 
   from reasonrl import rewarding
 

@@ -5,18 +5,24 @@
 --config is looked for as given, then among the configs of reasonrl. A workdir that exists is
 resumed; without --workdir a new runs/<config>-<time> is made. Bad input ends with one line and exit
 code 2.
+
+  python -m reasonrl.main --replay=runs/a/nonfinite/rl-12-0.npz
+
+recomputes an update of that run that was not finite.
 """
 
 import pathlib
 import re
 import time
 
+import rich.console
 from absl import flags
 from ml_collections import config_flags
 
 from reasonrl import command_line, launch, records
 
 flags.adopt_module_key_flags(launch)  # --help shows them
+_REPLAY = flags.DEFINE_string('replay', '', 'Recompute this dump of an update that was not finite.')
 
 
 def new_workdir(config_file: str) -> str:
@@ -26,11 +32,22 @@ def new_workdir(config_file: str) -> str:
   return f'runs/{name}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
+def parse(argv: list[str]) -> list[str]:
+  """The command line; a dump's run stands in for --config."""
+  workdir_of = lambda dump: pathlib.Path(dump).parent.parent
+  return command_line.parse(command_line.with_saved_config(argv, 'replay', workdir_of))
+
+
 def main(argv: list[str]) -> int:
   del argv
   config, workdir = launch.CONFIG.value, launch.WORKDIR.value
   if config is None:
     command_line.find_config('')
+  if _REPLAY.value:
+    launch.choose_platform()
+    from reasonrl import replay  # which imports JAX
+
+    return replay.run(config, _REPLAY.value, rich.console.Console(highlight=False))
   if not workdir and launch.DISTRIBUTED.value:
     raise records.UserError('--distributed needs --workdir, a folder that every host sees')
   given = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -38,4 +55,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  command_line.guarded(main, command_line.parse, launch.RESUMABLE)
+  command_line.guarded(main, parse, launch.RESUMABLE)
