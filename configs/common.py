@@ -241,6 +241,7 @@ def rewards(**weights: float) -> ConfigDict:
     'r1_format': {'allow_empty_think': False},
     'open_r1_format': {},
     'tag_count': {},
+    'soft_overlong': {'cache': 16},  # tokens before the cap; DAPO 4096 of 20480
   }
   return ConfigDict({name: {'weight': w, **fields[name]} for name, w in weights.items()})
 
@@ -293,17 +294,31 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       'trains': 'policy',
       'init': 'previous',
       # role -> model and source of its frozen parameters; loaded where the algorithm needs the role
-      'reads': {'ref': {'model': 'policy', 'init': 'previous'}},
+      'reads': {'ref': reads()},
       'steps': 100,
       'prompts_per_step': 32,  # R1-Zero: 32 (arXiv 2501.12948, sec. 2.2)
       'env': single_turn(),
       'algorithm': algorithm(preset),
-      'max_generation_batches': 1,  # rollouts per step while the algorithm keeps too few groups
+      # Rollouts per step at most, while too few groups are kept; DAPO 10 (dynamic sampling).
+      'max_generation_batches': 10 if preset == 'dapo' else 1,
+      'sampler_sync_steps': 1,  # the sampler's parameters are renewed every so many steps
       'shuffle_rewards': False,  # a control: rewards of a step go to random rollouts of it
       'row_length': 128,  # at least prompt.max_length + max_completion_length
       'rows_per_batch': 8,
       'eval_every': 20,
       'optim': optim(learning_rate),
+    }
+  )
+
+
+def reads() -> ConfigDict:
+  """Parameters that a phase reads frozen; with sync_steps they follow the policy (TRL's names)."""
+  return ConfigDict(
+    {
+      'model': 'policy',
+      'init': 'previous',
+      'sync_steps': 0,  # steps between syncs, 0 = never; TRL 512
+      'mixup_alpha': 0.6,  # ref <- alpha policy + (1 - alpha) ref; TRL
     }
   )
 
@@ -349,29 +364,128 @@ def evaluation() -> ConfigDict:
 # ------------------------------------------------------------------------------------ algorithms
 
 
-ALGORITHM_PRESETS = {  # preset -> what it changes
-  # TRL's defaults (GRPOConfig, 2026-07)
+ALGORITHM_PRESETS = {  # preset -> what it changes of `algorithm('grpo')`
+  # TRL's defaults (GRPOConfig, 2026-07), without its correction for a vLLM sampler
   'grpo': {},
-  # DeepSeekMath (arXiv 2402.03300), sec. 4.2 and eq. 3; epsilon is not stated there
+  # arXiv 2402.03300, sec. 4.2 and eq. 3; epsilon is not stated there
   'deepseekmath_grpo': {'beta': 0.04, 'loss_agg': 'seq_mean_token_mean'},
+  # arXiv 2503.20783: no std, constant divisor (set loss_constant to max_completion_length)
+  'dr_grpo': {'scale_rewards': 'none', 'loss_agg': 'token_sum_const'},
+  # arXiv 2503.14476: clip-higher, token mean, dynamic sampling (`reinforce` sets how often); its
+  # length shaping is the reward `soft_overlong`
+  'dapo': {'epsilon_high': 0.28, 'zero_variance': 'drop'},
+  # arXiv 2402.14740: leave-one-out, sum over tokens, KL in the reward; beta of its sec. 4
+  'rloo': {
+    'baseline': 'leave_one_out',
+    'scale_rewards': 'none',
+    'loss_agg': 'seq_mean_token_sum',
+    'beta': 0.03,
+    'kl_estimator': 'k1',
+    'kl_placement': 'reward',
+  },
+  # arXiv 2501.03262: token returns with KL, whitened over the batch; beta as in OpenRLHF
+  'reinforce_pp': {
+    'baseline': 'none',
+    'scale_rewards': 'none',
+    'returns': 'to_go',
+    'whiten': True,
+    'beta': 0.01,
+    'kl_estimator': 'k1',
+    'kl_placement': 'reward',
+  },
+  # the same paper, with the mean of the group subtracted first; KL (k2) in the loss
+  'reinforce_pp_baseline': {
+    'scale_rewards': 'none',
+    'whiten': True,
+    'beta': 0.001,
+    'kl_estimator': 'k2',
+  },
+  # arXiv 2507.18071, sec. 5.1: sequence ratio, 4 minibatches
+  'gspo': {
+    'importance_sampling_level': 'sequence',
+    'epsilon': 3e-4,
+    'epsilon_high': 4e-4,
+    'loss_agg': 'seq_mean_token_mean',
+    'num_minibatches': 4,
+  },
+  # arXiv 2602.05261: GSPO with the loss of a completion times its length; epsilons as in TRL
+  'luspo': {
+    'importance_sampling_level': 'sequence',
+    'epsilon': 2e-3,
+    'epsilon_high': 2.5e-3,
+    'loss_agg': 'seq_mean_token_sum',
+    'num_minibatches': 4,
+  },
+  # arXiv 2506.13585; the cap (absolute) is that of ScaleRL, arXiv 2510.13786
+  'cispo': {'surrogate': 'cispo', 'cispo_ratio_max': 5.0},
+  # arXiv 2511.20347
+  'sapo': {'surrogate': 'sapo', 'loss_agg': 'seq_mean_token_mean'},
+  # arXiv 2602.10693
+  'vespo': {'surrogate': 'vespo'},
+  # arXiv 2602.02710: centred, divided by the mean
+  'maxrl': {'scale_rewards': 'mean'},
+  # arXiv 2601.05242: every reward function standardised on its own
+  'gdpo': {'multi_objective_aggregation': 'normalize_then_sum'},
+  # arXiv 2510.04028, 2506.01347: negative samples only
+  'grpo_n': {'positive_weight': 0.0},
+  # REINFORCE with PPO's clip on the batch-whitened return, no critic
+  'reinforce_clip': {'baseline': 'none', 'scale_rewards': 'none', 'whiten': True},
 }
 
 
 def algorithm(preset: str) -> ConfigDict:
-  """A key of ALGORITHM_PRESETS: 'grpo' = TRL's defaults; 'deepseekmath_grpo' = the paper."""
+  """A key of ALGORITHM_PRESETS: 'grpo' = TRL's defaults. `--explain` prints the formula."""
   grpo = {
     'name': 'grpo',
-    'scale_rewards': 'group',  # 'group' (divide by the group's std) | 'none' (Dr. GRPO)
+    # ---- advantage = (R - baseline) / scale
+    'baseline': 'group_mean',  # 'group_mean' | 'leave_one_out' (RLOO) | 'none'
+    'scale_rewards': 'group',  # std of the 'group' | of the 'batch' | 'mean' (MaxRL) | 'none'
+    # 'normalize_then_sum' (GDPO): each reward function by its own group, then the sum by the batch
+    'multi_objective_aggregation': 'sum_then_normalize',
     'std_ddof': 1,  # torch.std; every torch peer
-    'advantage_eps': 1e-4,  # TRL; verl 1e-6
+    'advantage_eps': 1e-4,  # added to a std; TRL; verl 1e-6
+    'returns': 'outcome',  # one number per completion | 'to_go': per token, with dense rewards
+    'gamma': 1.0,  # discount per token of 'to_go'
+    'whiten': False,  # over the tokens of the batch
+    'positive_weight': 1.0,  # factor of advantages above 0
+    'negative_weight': 1.0,  # and below
+    # ---- surrogate of the ratio
+    'surrogate': 'ppo_clip',  # 'ppo_clip' | 'cispo' | 'sapo' | 'vespo' | 'reinforce' (no ratio)
+    'importance_sampling_level': 'token',  # 'token' | 'sequence' (GSPO) | 'sequence_token'
+    'log_ratio_clamp': placeholder(float),  # verl 20; TRL none
     'epsilon': 0.2,
     'epsilon_high': placeholder(float),  # None = epsilon; DAPO 0.28
-    'beta': 0.0,  # KL (k3) in the loss
-    'loss_agg': 'token_mean',  # TRL loss_type 'dapo'
+    'dual_clip': placeholder(float),  # verl 3.0, always on; TRL none
+    'delta': placeholder(float),  # TRL; INTELLECT-2 (arXiv 2505.07291)
+    'cispo_ratio_max': placeholder(float),  # absolute: TRL's epsilon_high, verl's 1 + that
+    'cispo_ratio_min': placeholder(float),
+    'sapo_temperature_pos': 1.0,
+    'sapo_temperature_neg': 1.05,
+    'vespo_k_pos': 2.0,
+    'vespo_lambda_pos': 3.0,
+    'vespo_k_neg': 3.0,
+    'vespo_lambda_neg': 2.0,
+    # ---- sampler against trainer
+    'old_policy': 'trainer',  # of the ratio: the 'trainer' before the update | the 'sampler'
+    # 'none' | 'token_truncate' | 'token_mask' | 'sequence_truncate' | 'sequence_mask'
+    'importance_correction': 'none',  # TRL with vLLM: 'sequence_mask'
+    'importance_max': 3.0,  # TRL; verl 2.0
+    'importance_min': placeholder(float),
+    # ---- KL to the reference, entropy
+    'beta': 0.0,
+    'kl_estimator': 'k3',  # 'k1' | 'k2' | 'k3' | 'ratio_k3' | 'k3_plus': see rl_math.KL
+    'kl_placement': 'loss',  # 'loss' | 'reward'
+    'entropy_coef': 0.0,
+    # ---- aggregation
+    'loss_agg': 'token_mean',  # see aggregation.py; TRL loss_type 'dapo'
     'loss_constant': 512,  # L of 'token_sum_const'
+    'local_rows': 8,  # completions of a block of 'token_mean_local'
+    'mask_truncated_completions': False,
+    # ---- which groups, how many optimizer steps
+    'zero_variance': 'keep',  # groups of equal rewards: 'keep' | 'drop', see max_generation_batches
+    'zero_variance_of': 'reward',  # or the name of one reward
     'num_iterations': 1,  # passes over an experience
     'num_minibatches': 1,  # optimizer steps per pass
-    'mask_truncated_completions': False,
   }
   return ConfigDict({**grpo, **ALGORITHM_PRESETS[preset]})
 

@@ -109,4 +109,5 @@ def smollm2():
   config.evaluation.env.max_completion_length = 32
   config.evaluation.env.slots = 64
   config.log.every = 1
+  config.checkpoint.save_every = 5  # a step takes half a minute
   return config

@@ -9,16 +9,18 @@ import pathlib
 
 import jax
 
-from reasonrl import phases, records, types, wiring
+from reasonrl import parameters, phases, pretrained, records, types, wiring
 
 # The least that a number may be, wherever a section has it.
 LEAST = {
   **dict.fromkeys(('num_examples', 'examples_per_step', 'prompts_per_step', 'row_length'), 1),
   **dict.fromkeys(('rows_per_batch', 'max_completion_length', 'num_generations'), 1),
   **dict.fromkeys(('max_generation_batches', 'corpus_examples', 'max_skipped', 'loss_chunk'), 1),
+  'sampler_sync_steps': 1,
+  'sync_steps': 0,
   **dict.fromkeys(('save_every', 'keep_last', 'every', 'transcripts_every'), 1),
   **dict.fromkeys(('seed', 'steps', 'eval_every', 'slots', 'transcripts', 'profile_step'), 0),
-  **dict.fromkeys(('keep_every', 'grace_s'), 0),
+  **dict.fromkeys(('keep_every', 'grace_s', 'learning_rate', 'warmup_steps'), 0),
 }
 
 
@@ -28,8 +30,7 @@ def numbers(config) -> None:
   nodes |= {'tokenizer.': config.tokenizer, 'evaluation.env.': config.evaluation.env}
   for name, section in phases.sections(config).items():
     nodes[f'{name}.'] = section
-    if 'env' in section:
-      nodes[f'{name}.env.'] = section.env
+    nodes |= {f'{name}.{key}.': section[key] for key in ('env', 'optim') if key in section}
   for where, node in nodes.items():
     for field, least in LEAST.items():
       if field in node and node[field] < least:
@@ -54,6 +55,7 @@ def check(setup: wiring.Setup, order) -> None:
       reinforced(setup, order, phase)
     sizes(setup, phase)
     examples(setup, phase.section)
+  weights(setup, order)
 
 
 def source(config, order, name: str, init: str, what: str) -> None:
@@ -69,6 +71,19 @@ def source(config, order, name: str, init: str, what: str) -> None:
       )
 
 
+def weights(setup: wiring.Setup, order) -> None:
+  """The weights that a model starts from must be on this disk, where a phase reads them."""
+  for index, (name, _) in enumerate(order):
+    phase = setup.phases[name]
+    reads = [(phase.section.trains, phase.section.init)]
+    reads += [(read.model, read.init) for read in phase.reads.values()]
+    for model, init in reads:
+      given = setup.config.models[model].weights
+      start = parameters.folder_of(setup, order, index, pathlib.Path(), model, init) is None
+      if start and given and not pathlib.Path(given).expanduser().is_dir():
+        pretrained.find_gguf(given)
+
+
 def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:
   """Small updates must not round away."""
   model = phase.section.trains
@@ -82,8 +97,8 @@ def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:
 def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
   """Environment, algorithm and reference must fit each other."""
   name, section, env, algorithm = phase.name, phase.section, phase.env, phase.algorithm
-  algorithm.check(env.num_generations)
-  unknown = algorithm.needs - {*wiring.SCORED_WITH, 'prepare'}
+  algorithm.check(env.num_generations, tuple(setup.rewards))
+  unknown = algorithm.needs - wiring.SCORED_WITH.keys()
   if unknown:
     raise records.UserError(f'{name}.algorithm needs {sorted(unknown)}, which nothing provides')
   roles = set(wiring.SCORED_WITH.values()) - {'params'}

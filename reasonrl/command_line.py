@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from reasonrl import configs, records
 
 
-def find_config(given: str) -> str:
+def find_config(given: str, workdir: str = '') -> str:
   """'configs/r1_zero.py:debug' -> the same with a path that exists, from any working directory."""
   path, colon, arg = given.partition(':')
   folder = pathlib.Path(configs.__path__[0])
@@ -28,7 +28,8 @@ def find_config(given: str) -> str:
     print(f'config: {found}')
     return f'{found}{colon}{arg}'
   names = sorted({file.name for file in folder.glob('*.py')} - {'__init__.py', 'common.py'})
-  wrong = f'--config: no file {path!r}' if path else 'give --config=FILE'
+  again = f' (configs/saved.py:{workdir} is the config of that run)' if workdir else ''
+  wrong = f'--config: no file {path!r}' if path else f'give --config=FILE{again}'
   raise records.UserError(f'{wrong}; there are ' + ', '.join(f'configs/{name}' for name in names))
 
 

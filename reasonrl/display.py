@@ -106,7 +106,7 @@ def transcript(row: Mapping[str, Any], width: int) -> rich.text.Text:
   text.append(_clean(before, width), f'bold {colour}')
   text.append(_clean(think, 2 * width), 'cyan')
   text.append(_clean(after, width), f'bold {colour}').append('\n  ')
-  facts = [f'answer {_clean(str(row["answer"]), 40)}']
+  facts = [f'expected {_clean(str(row["answer"]), 40)}']
   for label, key, form in (
     ('reward', 'reward', '{:.2f}'.format),
     ('advantage', 'advantage', '{:+.2f}'.format),
@@ -178,7 +178,8 @@ class Display:
     self._metrics, self._curve, self._rows, self._times = {}, [], [], []
     self.status(None)
     resumed = f', resumed after step {start}' if start else ''
-    self._print(rich.text.Text(f'{name}: {kind}, {steps} steps{resumed}', 'bold'))
+    text = f'{name}: {kind}, {steps} steps{resumed}' if steps else name
+    self._print(rich.text.Text(text, 'bold'))
 
   def step(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Step `step` (from 1) of the phase is done."""
@@ -196,7 +197,9 @@ class Display:
   def evaluation(self, title: str, metrics: Mapping[str, Any]) -> None:
     """A held-out evaluation is done."""
     self.status(None)
-    text = rich.text.Text(f'held-out accuracy {title}  ', 'bold')
+    text = rich.text.Text(f'held-out accuracy {title}'.rstrip(), 'bold')
+    narrow = self._live and self._console.width < 100
+    text.append('\n  ' if narrow else '  ')
     self._print(text.append_text(_values(metrics, EVAL_COLUMNS)))
 
   def transcripts(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -247,7 +250,8 @@ class Display:
       rich.progress_bar.ProgressBar(total=max(self._steps, 1), completed=self._step),
       rich.text.Text(self._left()),
     )
-    lines: list[rich.console.RenderableType] = [rich.text.Text('─' * width, 'dim'), bar]
+    lines: list[rich.console.RenderableType] = [rich.text.Text('─' * width, 'dim')]
+    lines += [bar] if self._steps else []
     if self._metrics:
       lines.append(_values(self._metrics, COLUMNS))
     curve, spinner = self._curve, self._spinner

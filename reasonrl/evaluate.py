@@ -82,6 +82,7 @@ def table(row: dict) -> rich.table.Table:
   for prefix in ('pass@', 'majority@', 'reward/'):
     start = f'eval/sampled/{prefix}'
     found = [name.removeprefix(start) for name in row if name.startswith(start)]
+    found = [name for name in found if not name.endswith(('_low', '_high'))]
     metrics += [prefix + rest for rest in sorted(found, key=lambda rest: (len(rest), rest))]
   metrics += LENGTHS
   out = rich.table.Table('', 'greedy', 'sampled')
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> int:
   into = pathlib.Path(values.workdir, 'evaluations') if values.workdir else pathlib.Path('runs')
   name = pathlib.Path(config.evaluate.init if values.workdir else values.model).name
   workdir = values.to or str(into / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}')
-  code = launch.start(config, workdir)
+  code = launch.start(config, workdir, '--to')
 
   import jax
 

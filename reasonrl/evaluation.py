@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from reasonrl import records, rl_math, rollouts, sharding, stats, types
+from reasonrl import advantages, records, rollouts, sharding, stats, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,9 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
   out['truncated'] = _mean(table['stop'] == records.Stop.LENGTH)
   out['eos_rate'] = _mean(table['stop'] == records.Stop.EOS)
   out['stopped_length'] = _mean(table['completion_length'][table['stop'] == records.Stop.EOS])
-  out['zero_variance_groups'] = rl_math.zero_variance_fraction(table['reward'], table['group'])
+  out['zero_variance_groups'] = float(
+    advantages.zero_variance(table['reward'], table['group']).mean()
+  )
   out['unmasked_tokens'] = float(table['unmasked_tokens'].sum())
   return out
 
@@ -145,7 +147,7 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tup
     right_R = table['right']
     right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
-    low, high = stats.wilson(accuracy, right_P.size)
+    low, high = stats.clustered(right_P)
     found = summary(table)
     found |= {'accuracy': accuracy, 'accuracy_low': low, 'accuracy_high': high}
     for name, which in (('right', right_R == 1), ('wrong', right_R != 1)):
@@ -161,14 +163,19 @@ def _of_several(table, right_R) -> dict[str, float]:
   """pass@k and majority@k for k = 2, 4, ... up to the samples of a problem."""
   members = [np.flatnonzero(table['group'] == g) for g in np.unique(table['group'])]
   n = min(rows.size for rows in members)
-  right_PN = np.stack([right_R[rows[:n]] for rows in members])
+  right_PG = np.stack([right_R[rows[:n]] for rows in members])
   found, k = {}, 2
+
+  def add(name, values_P):
+    low, high = stats.clustered(values_P)
+    found.update({name: float(np.mean(values_P)), f'{name}_low': low, f'{name}_high': high})
+
   while k <= n:
-    found[f'pass@{k}'] = float(stats.pass_at_k(n, right_PN.sum(1), k).mean())
+    add(f'pass@{k}', stats.pass_at_k(n, right_PG.sum(1), k))
     if 'vote' in table:
       ballots = [table['vote'][rows[:n]].tolist() for rows in members]
-      each = [stats.majorities(v, r, k) for v, r in zip(ballots, right_PN, strict=True)]
-      found[f'majority@{k}'] = float(np.mean(each))
+      pairs = zip(ballots, right_PG, strict=True)
+      add(f'majority@{k}', [stats.majorities(votes, right, k) for votes, right in pairs])
     k *= 2
   return found
 

@@ -61,9 +61,9 @@ def write(workdir: str, phase: str, to: str, dtype: str) -> None:
   source, to = pathlib.Path(workdir).expanduser(), pathlib.Path(to).expanduser()
   if to.exists() and (not to.is_dir() or any(to.iterdir())):
     raise records.UserError(f'{str(to)!r} exists and is not an empty folder')
-  pretrained.package('safetensors')  # not after minutes of loading
   config = ml_collections.ConfigDict(logs.read_config(source))
   kept = phases.finished(config, steps.STEPS, source)
+  pretrained.package('safetensors')  # not after minutes of loading
   phase = phase or next(reversed(kept))
   section = config[tables.lookup(kept, phase, 'phase')]
   tokenizer = tokenizers.load(source / 'tokenizer')

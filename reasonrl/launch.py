@@ -33,8 +33,11 @@ def choose_platform() -> None:
     print('no accelerator found: running on the CPU', flush=True)
 
 
-def start(config, workdir: str) -> int:
-  """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code."""
+def start(config, workdir: str, flag: str) -> int:
+  """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code.
+
+  `flag`: the name that the workdir has on the command line.
+  """
   by_hand = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if by_hand != (None,) * 3 and (None in by_hand or not DISTRIBUTED.value):
     raise records.UserError(
@@ -53,7 +56,7 @@ def start(config, workdir: str) -> int:
       jax.distributed.initialize(*by_hand)
     from reasonrl import train
 
-    code = train.run(config, workdir, pool)
+    code = train.run(config, workdir, pool, flag)
   if code == 0:
     import jax
 

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
   del argv
   config, workdir = launch.CONFIG.value, launch.WORKDIR.value
   if config is None:
-    command_line.find_config('')
+    command_line.find_config('', workdir)
   if _REPLAY.value:
     launch.choose_platform()
     from reasonrl import replay  # which imports JAX
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
   if not workdir and launch.DISTRIBUTED.value:
     raise records.UserError('--distributed needs --workdir, a folder that every host sees')
   given = config_flags.get_config_filename(flags.FLAGS['config'])
-  return launch.start(config, workdir or new_workdir(given))
+  return launch.start(config, workdir or new_workdir(given), '--workdir')
 
 
 if __name__ == '__main__':

@@ -38,19 +38,28 @@ def start(setup: wiring.Setup, model: str):
   return jax.tree_util.tree_map_with_path(put, params, target)
 
 
-def init(setup: wiring.Setup, order, index: int, workdir: pathlib.Path, model: str, source: str):
-  """A model's parameters from `source`, as phase `index` of the order sees it.
+def folder_of(
+  setup: wiring.Setup, order, index: int, workdir: pathlib.Path, model: str, source: str
+):
+  """The folder of a model's parameters from `source`, as phase `index` of the order sees it.
 
   'previous' is where the last phase that trained this model ended, before any the same as
-  'scratch': the model's own start. The name of a phase means its latest run; anything else is a
-  path.
+  'scratch': the model's own start, which is None. The name of a phase means its latest run;
+  anything else is a path.
   """
   runs = [i for i in range(index) if order[i][0] == source]
   if source == 'previous':
     sections = [setup.phases[name].section for name, _ in order[:index]]
     runs = [i for i, s in enumerate(sections) if s.trains == model and s.kind != 'evaluate']
   if source == 'scratch' or (source == 'previous' and not runs):
+    return None
+  return workdir / 'phases' / phases.kept_name(order, runs[-1]) if runs else pathlib.Path(source)
+
+
+def init(setup: wiring.Setup, order, index: int, workdir: pathlib.Path, model: str, source: str):
+  """A model's parameters from `source`: see `folder_of`."""
+  folder = folder_of(setup, order, index, workdir, model, source)
+  if folder is None:
     return start(setup, model)
-  folder = workdir / 'phases' / phases.kept_name(order, runs[-1]) if runs else pathlib.Path(source)
   target = sharding.abstract_params(setup.models[model], setup.mesh)
   return checkpoint.load_params(folder, target)

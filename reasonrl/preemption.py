@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 
@@ -22,10 +23,10 @@ class Stopped(Exception):
 class StopSignal:
   """SIGTERM and Ctrl-C set a flag, nothing else; `poll` raises at a point where saving is safe.
 
-  A poll may be minutes away (a compilation, one long decode), and a preempted machine gives about
-  30 s: after `grace_s` seconds the process leaves as it is, and resumes from its newest checkpoint.
-  A second Ctrl-C leaves at once. Python runs signal handlers only between its own instructions, so
-  the clock is a thread that hears of the signal through a file descriptor.
+  A poll may be minutes away (a compilation, one long decode). Ctrl-C waits for it; a second Ctrl-C
+  leaves at once. A preempted machine gives about 30 s: `grace_s` seconds after SIGTERM the process
+  leaves as it is, and resumes from its newest checkpoint. Python runs signal handlers only between
+  its own instructions, so the clock is a thread that hears of the signal through a file descriptor.
   """
 
   def __init__(self, grace_s: float):
@@ -53,21 +54,30 @@ class StopSignal:
     self._code = self._code or 128 + number
 
   def _watch(self, pipe: int) -> None:
-    """Counts down from the first signal; leaves at once on a Ctrl-C after it."""
+    """Says what will happen; counts down from a SIGTERM; leaves at once on a second Ctrl-C."""
     end, code = None, 0
-    with open(pipe, 'rb', buffering=0) as heard:
+    with open(pipe, 'rb', buffering=0) as signals:
       while True:
-        patience = None if end is None else max(0.0, end - time.monotonic())
-        if not select.select([heard], [], [], patience)[0]:
-          os._exit(code)
-        number = heard.read(1)
+        timeout = None if end is None else max(0.0, end - time.monotonic())
+        if not select.select([signals], [], [], timeout)[0]:
+          self._leave(code, f'not saved within {self._grace_s:g} s of SIGTERM')
+        number = signals.read(1)
         if not number:
           return
-        if number[0] in (signal.SIGTERM, signal.SIGINT):
-          if code and number[0] == signal.SIGINT:
-            os._exit(128 + signal.SIGINT)
-          code = code or 128 + number[0]
+        if number[0] == signal.SIGINT:
+          if code:
+            self._leave(128 + signal.SIGINT, 'not saved')
+          print('stopping after this step (Ctrl-C again: at once)', file=sys.stderr, flush=True)
+        if number[0] == signal.SIGTERM:
           end = end or time.monotonic() + self._grace_s
+        if number[0] in (signal.SIGTERM, signal.SIGINT):
+          code = code or 128 + number[0]
+
+  def _leave(self, code: int, why: str) -> None:
+    print(
+      f'\nleft at once, {why}: the newest checkpoint is what remains', file=sys.stderr, flush=True
+    )
+    os._exit(code)
 
   def poll(self) -> None:
     """Raises Stopped if any process was asked to stop. Every process must call it equally often."""

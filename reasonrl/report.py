@@ -1,9 +1,9 @@
-"""The story of a run for a reader: curves.png and a self-contained report.html.
+"""A run for a reader: curves.png and a self-contained report.html.
 
     python -m reasonrl.report --workdir=runs/r1_zero-20260131-235959
 
 Reads what logs.py wrote, also while the run is still going; what a run did not log is not drawn.
-The x axis is the step counted over all phases.
+The x axis is the step of the phase, or, where a panel spans several, counted over all.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ PANELS = (
     (('training', 'supervised', 'loss', BLUE),),
   ),
   ('Gradient norm', 'log', (('before clipping', 'train', 'grad_norm', GREY),)),
+)
+
+# Metrics that a reader looks for first; the rest of a table is folded.
+SHORT = (
+  *('greedy/accuracy', 'sampled/accuracy', 'sampled/completion_length', 'sampled/think_length'),
+  *('sampled/truncated', 'sampled/reward', 'loss', 'reward', 'accuracy', 'completion_length'),
+  *('think_length', 'entropy', 'grad_norm', 'kl'),
 )
 
 
@@ -137,18 +144,24 @@ def curves_png(workdir: str | pathlib.Path) -> pathlib.Path:
 def _draw(axis, panel, rows) -> None:
   """One panel. It spans the phases that logged its training metrics, and no others."""
   title, scale, series = panel
+  rows = [dict(row) for row in rows]
   drawn = [row for _, which, key, _ in series for row in _rows_with(rows, which, key)]
   trained = [row for row in drawn if row['kind'] == 'train'] or drawn
   first, last = (pick(row['step'] for row in trained) for pick in (min, max))
   rows = [row for row in rows if first - 1 <= row['step'] <= last]
   phases = _phases([row for row in rows if row['kind'] == 'train' and row['step'] >= first])
+  if len(phases) == 1:
+    before = trained[0]['step'] - trained[0]['phase_step']
+    phases = [(name, begin - before, end - before) for name, begin, end in phases]
+    for row in rows:
+      row['step'] -= before
   for label, which, key, colour in series:
     chosen = _rows_with(rows, which, key)
     if which == 'eval':
       _draw_evaluations(axis, chosen, key, label, colour)
     else:
       _draw_training(axis, chosen, key, label, colour)
-  if scale == 'log':
+  if scale == 'log' and any(line.get_ydata().max() > 0 for line in axis.lines):
     axis.set_yscale('log')
   elif scale == 'percent':
     axis.set_ylim(-0.02, 1.02)
@@ -156,7 +169,7 @@ def _draw(axis, panel, rows) -> None:
   elif scale == 'zero':
     axis.set_ylim(bottom=0)
   axis.set_title(title, loc='left', fontsize=11, pad=16)
-  axis.set_xlabel('step')
+  axis.set_xlabel(f'step of {phases[0][0]}' if len(phases) == 1 else 'step')
   axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
   axis.grid(alpha=0.25)
   axis.spines[['top', 'right']].set_visible(False)
@@ -204,11 +217,6 @@ def html(workdir: str | pathlib.Path) -> pathlib.Path:
   rows = logs.read_rows(workdir / logs.METRICS)
   picture = base64.b64encode(curves_png(workdir).read_bytes()).decode('ascii')
   last = {row['phase']: row for row in rows if row['kind'] == 'train'}
-  samples = collections.defaultdict(list)
-  for row in logs.read_rows(workdir / logs.ROLLOUTS):
-    samples[row['step']].append(row)
-  steps = sorted(samples)
-  steps = [steps[i] for i in sorted({0, len(steps) // 2, len(steps) - 1})] if steps else []
   environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
   text = environment.from_string(TEMPLATE).render(
     name=workdir.resolve().name,
@@ -216,10 +224,7 @@ def html(workdir: str | pathlib.Path) -> pathlib.Path:
     picture=picture,
     evaluations=_table([row for row in rows if row['kind'] == 'eval'], 'eval/'),
     finals=_table(list(last.values()), ''),
-    transcripts=[
-      (step, samples[step][0]['phase'], [_pieces(row) for row in samples[step][:6]])
-      for step in steps
-    ],
+    transcripts=_chosen(logs.read_rows(workdir / logs.ROLLOUTS), rows),
     files=[
       (name, (workdir / name).read_text(encoding='utf-8'))
       for name in ('config.json', 'env.json')
@@ -242,8 +247,35 @@ def _table(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[list[str]]:
   def cell(value):
     return f'{value:.4g}' if isinstance(value, int | float) else ''
 
-  head = ['', *(f'{row["phase"]}, step {row["step"]}' for row in rows)]
-  return [head, *([key, *(cell(row.get(key)) for row in rows)] for key in metrics)]
+  head = ['', *(f'{row["phase"]} {row["phase_step"]}' for row in rows)]
+  metrics.sort(key=lambda name: name.removeprefix(prefix) not in SHORT)
+  lines = [[key, *(cell(row.get(key)) for row in rows)] for key in metrics]
+  first = sum(name.removeprefix(prefix) in SHORT for name in metrics)
+  return [head, lines[:first], lines[first:]]
+
+
+def _chosen(samples, rows):
+  """Held-out rollouts before reinforcement and at the end, and training rollouts halfway.
+
+  Returns:
+    (title, pieces of rollouts), in order.
+  """
+  began = min((row['step'] for row in _rows_with(rows, 'reinforce', 'reward')), default=0)
+  groups = collections.defaultdict(list)
+  for row in samples:
+    groups[row['step'], row['kind'] == 'eval'].append(row)
+  held_out = sorted(step for step, evaluated in groups if evaluated)
+  trained = sorted(step for step, evaluated in groups if not evaluated and step >= began)
+  base = [step for step in held_out if step < began][-1:] or held_out[:1]
+  keys = [(step, False) for step in trained[len(trained) // 2 :][:1]]
+  keys += [(step, True) for step in {*base, *held_out[-1:]}]
+  out = []
+  for step, evaluated in sorted(keys):
+    chosen = groups[step, evaluated]
+    what = 'held-out' if evaluated else 'training samples'
+    title = f'{chosen[0]["phase"]} {chosen[0]["phase_step"]}, {what}'
+    out.append((title, [_pieces(row) for row in chosen[:8]]))
+  return out
 
 
 def _pieces(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +283,8 @@ def _pieces(row: Mapping[str, Any]) -> dict[str, Any]:
   before, think, after = records.split_think(row['completion'])
   verdict = 'right' if row['right'] else 'wrong'
   facts = [f'{name} {row[name]:.3g}' for name in ('reward', 'advantage') if row[name] is not None]
-  facts = [verdict, f'answer {row["answer"]}', *facts, f'{row["length"]} tokens', row['stop']]
+  facts = [verdict, f'expected {row["answer"]}', *facts, f'{row["length"]} tokens', row['stop']]
+  facts += [row['mode']] if 'mode' in row else []
   return {
     'prompt': row['prompt'],
     'before': before,
@@ -268,7 +301,7 @@ TEMPLATE = """<!doctype html>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff }
-h2 { margin-top: 2.5rem } img { max-width: 100% }
+h1 { font-size: 1.4rem; margin-bottom: 0 } h2 { margin-top: 2.5rem } img { width: 100%; min-width: 44rem }
 table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto }
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; font-weight: 400 }
 td:first-child { text-align: left; font-family: monospace } th { color: #666 }
@@ -278,22 +311,27 @@ pre, .sample { font: 13px/1.45 monospace; white-space: pre-wrap; overflow-wrap: 
 .wrong { border-color: #d55e00 } .wrong b { color: #b04a00 }
 .prompt, .facts { color: #777 } .think { color: #0067a3 }
 </style>
-<img alt="{{ name }}. {{ headline }}" src="data:image/png;base64,{{ picture }}">
+<h1>{{ name }}</h1><p>{{ headline }}</p>
+<div class="wide"><img alt="curves of {{ name }}" src="data:image/png;base64,{{ picture }}"></div>
 {% for title, table in (('Held-out evaluation', evaluations), ('Last training step', finals)) %}
 {% if table %}
 <h2>{{ title }}</h2>
+{% for lines in table[1:] %}{% if lines %}
+{% if loop.index == 2 %}<details><summary>{{ lines | length }} more</summary>{% endif %}
 <div class="wide"><table>
 <tr>{% for cell in table[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for line in table[1:] %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for line in lines %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
+{% if loop.index == 2 %}</details>{% endif %}
+{% endif %}{% endfor %}
 {% endif %}
 {% endfor %}
 {% if transcripts %}
 <h2>Transcripts</h2>
 <p>Grey: the prompt. Blue: thinking. Then what was said, green where right, red where wrong.</p>
-{% for step, phase, rows in transcripts %}
-<h3>Step {{ step }} ({{ phase }})</h3>
+{% for title, rows in transcripts %}
+<h3>{{ title }}</h3>
 {% for row in rows %}
 <div class="sample {{ row.verdict }}"><span class="prompt">{{ row.prompt }}</span>
 <b>{{ row.before }}</b><span class="think">{{ row.think }}</span><b>{{ row.after }}</b>

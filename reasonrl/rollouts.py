@@ -76,14 +76,18 @@ def concatenate(experiences: list[types.Experience]) -> types.Experience:
     **({} if any(dense) else {'reward_BT': None}),
     reward_R=join(every('reward_R')),
     parts=concatenate_parts(every('parts'), [e.reward_R.size for e in experiences]),
+    reward_weights=experiences[0].reward_weights,
     scores={name: join([e.scores[name] for e in shifted]) for name in shifted[0].scores},
     examples=sum(every('examples'), ()),
     completions=sum(every('completions'), ()),
   )
 
 
-def rewarded(experience: types.Experience, scores: list[types.BatchScore]) -> types.Experience:
-  """The experience with the sum of its rewards; a rollout to which none applies has NaN."""
+def rewarded(experience: types.Experience, scores: list[types.BatchScore], weights):
+  """The experience with the sum of its rewards; a rollout to which none applies has NaN.
+
+  `weights`: reward -> its weight, which `scores` have in them already.
+  """
   value_SR = np.stack([score.value_R for score in scores])
   none_R = np.isnan(value_SR).all(0)
   dense = [score.reward_BT for score in scores if score.reward_BT is not None]
@@ -91,6 +95,7 @@ def rewarded(experience: types.Experience, scores: list[types.BatchScore]) -> ty
     experience,
     reward_R=np.where(none_R, np.nan, np.nansum(value_SR, 0)).astype(np.float32),
     parts={name: part_R for score in scores for name, part_R in score.parts.items()},
+    reward_weights=weights,
     reward_BT=sum(dense) if dense else None,
   )
 

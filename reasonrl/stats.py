@@ -17,6 +17,20 @@ def wilson(p: float, n: int) -> tuple[float, float]:
   return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def clustered(values) -> tuple[float, float]:
+  """95 % interval of the mean of per-problem values in [0, 1]: mean +- 1.96 sd / sqrt(problems).
+
+  Samples of one problem are not independent, so problems are what is counted. Where the values do
+  not differ, or are 0 and 1 alone, it is Wilson's.
+  """
+  values = np.asarray(values, np.float64)
+  mean, spread = float(values.mean()), values.std(ddof=1) if values.size > 1 else 0.0
+  if spread == 0 or np.isin(values, (0.0, 1.0)).all():
+    return wilson(mean, values.size)
+  half = Z95 * float(spread) / math.sqrt(values.size)
+  return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def pass_at_k(n: int, c, k: int) -> np.ndarray:
   """Unbiased chance that of k of n samples, c of them right, one is right (arXiv 2107.03374 eq. 1).
 

@@ -76,7 +76,7 @@ def reinforce(stage: tooling.Stage, position, frozen):
 
   def make(state, step):
     named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **frozen}
-    experience = collect(stage, tools, named, step)
+    experience, sampled = collect(stage, tools, named, step)
     if section.shuffle_rewards:
       rng = stage.rng('shuffle', step, jax.process_index())
       shuffled_R = rng.permutation(experience.reward_R)
@@ -103,7 +103,9 @@ def reinforce(stage: tooling.Stage, position, frozen):
     correct, shown = setup.evaluation.correct, setup.config.log.transcripts
     return Step(
       updates,
-      describe=lambda: describe_experience(setup, experience),
+      describe=lambda: (
+        describe_experience(setup, experience) | algorithm.describe(experience) | sampled
+      ),
       transcripts=lambda: evaluation.transcripts(experience, adv_BT, shown, correct),
       position=stream.position,
     )
@@ -111,30 +113,38 @@ def reinforce(stage: tooling.Stage, position, frozen):
   return make
 
 
-def collect(stage: tooling.Stage, tools: types.Tools, named: dict, step: int) -> types.Experience:
+def collect(stage: tooling.Stage, tools: types.Tools, named: dict, step: int):
   """Rolls out until the algorithm has kept enough groups, or generation batches run out.
 
-  Raises:
-    RuntimeError: nothing was kept.
+  Returns:
+    the experience to train on, in which a process that kept no group has one row without trained
+    tokens; and metrics of all that was sampled, if the algorithm chooses.
   """
   section, phase = stage.phase.section, stage.phase
   wanted = section.prompts_per_step // jax.process_count()
-  kept, groups = [], 0
+  sampled, kept, groups, row = [], [], 0, {}
   for _ in range(section.max_generation_batches):
     with profiling.timed(stage.tally, 'rollout'):
       batch = phase.env.rollout(tools, named, step)
-    good = np.unique(batch.group_B)[phase.algorithm.keep(batch)][: wanted - groups]
+    good = phase.algorithm.keep(batch)
+    if good is None:
+      return batch, row
+    sampled.append(batch)
+    good = np.unique(batch.group_B)[good][: wanted - groups]
     if good.size:
       kept.append(rollouts.take_groups(batch, good))
     groups += good.size
     if sharding.agree_min(groups) >= wanted:
       break
-  if sharding.agree_min(groups) == 0:  # on some process
-    raise RuntimeError(
-      f'{phase.name} step {step}: the algorithm kept no group of '
-      f'{section.max_generation_batches} rollouts of {wanted} prompts'
-    )
-  return rollouts.concatenate(kept) if len(kept) > 1 else kept[0]
+  if not kept:
+    nothing = rollouts.take_rows(batch, np.arange(1))
+    kept = [dataclasses.replace(nothing, source_BT=np.zeros_like(nothing.source_BT))]
+  everything = describe_experience(stage.setup, rollouts.concatenate(sampled))
+  names = ('reward', 'accuracy', 'zero_variance_groups', 'completion_length')
+  row = {f'sampled/{name}': everything[name] for name in names}
+  row |= {'sampled/batches': len(sampled), 'kept_groups': sharding.total(groups)}
+  row['timing/tokens'] = everything['timing/tokens']
+  return rollouts.concatenate(kept), row
 
 
 def minibatches(stage: tooling.Stage, step: int, rows: int):

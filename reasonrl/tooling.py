@@ -72,7 +72,8 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
     with profiling.timed(tally, 'reward'):
       found = judge(state, experience)
     setup.poll()
-    return rollouts.rewarded(experience, found)
+    weights = {name: weight for name, (_, weight) in setup.rewards.items()}
+    return rollouts.rewarded(experience, found, weights)
 
   def judge(state, experience):
     found = []

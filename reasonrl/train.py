@@ -62,13 +62,14 @@ COUNTS = (*FAILURES, 'completions')  # by the reward tool
 MAY_DIFFER = ('mesh', 'rewarding', 'log', 'sentinels', 'checkpoint', 'compilation_cache')
 
 
-def run(config, workdir: str, pool) -> int:
+def run(config, workdir: str, pool, flag: str = '--workdir') -> int:
   """Runs every phase of the config, or goes on where the workdir stopped.
 
   Args:
     config: a locked ConfigDict, see `configs/common.py`.
     workdir: the run's folder.
     pool: a started `rewarding.Pool`.
+    flag: the name that the workdir has on the command line, for the advice to go on.
 
   Returns:
     0 finished; 143 or 130 stopped by SIGTERM or Ctrl-C, with the last finished step saved.
@@ -106,7 +107,8 @@ def run(config, workdir: str, pool) -> int:
     try:
       return run_phases(Run(setup, order, evaluate, path, store, metrics, screen))
     except preemption.Stopped as stopped:
-      screen.note(f'{stopped}; the same command with --workdir={path} goes on from here')
+      screen.close()  # what a person has to copy comes last, and unbroken
+      screen.note(f'{stopped}; the same command with {flag}={path} goes on from here')
       return stopped.code
 
 
@@ -168,7 +170,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   tally = collections.defaultdict(float)
   stage = tooling.Stage(setup, phase, (index, iteration), tally)
   make = STEPS[section.kind](stage, position, frozen)
-  pending, clock, seen = None, time.monotonic(), saved['sentinels']
+  pending, began, seen = None, 0.0, saved['sentinels']
   checksum = sentinels.checksum(state.params) if config.sentinels else None
   dumps, unsettled = postmortem.Dumps(path / 'nonfinite'), None
 
@@ -176,7 +178,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
     return sentinels.Facts(
       compute_dtype=student.model.compute_dtype,
       at_reference=step == 1 and phase.starts_at_reference,
-      rescored=phase.algorithm is not None and 'old_logp' in phase.algorithm.needs,
+      old_policy=phase.old_policy,
       learning=section.optim.learning_rate > 0,
     )
 
@@ -209,7 +211,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
 
   def flush():
     """Fetches and writes what the last dispatched step reported."""
-    nonlocal pending, clock, seen
+    nonlocal pending, seen
     if pending is None:
       return
     if unsettled is not None and unsettled[0] == pending[0]:
@@ -217,7 +219,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
     (step, row, reports, sums, samples), pending = pending, None
     with profiling.timed(row, 'wait'):
       row |= learner.merge_reports([learner.reduce_reports(report) for report in reports])
-    row['timing/step_s'], clock = time.monotonic() - clock, time.monotonic()
+    row.setdefault('timing/step_s', time.monotonic() - began)  # it was flushed in its own iteration
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     warnings = []
     if config.sentinels:
@@ -256,14 +258,14 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
         row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}
         metrics.write(header('eval', step) | row)
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
-        screen.evaluation(f'after {name} step {step}', row)
-        clock = time.monotonic()
+        screen.evaluation(f'after {name} step {step}' if section.steps else '', row)
       evaluated = True
       if last:
         break
       # ---- make this step's batches, update, and only then look at the step before
+      began = time.monotonic()
       if step == start:
-        screen.status('compiling')
+        screen.status('first step (compiles)')
       traced = step + 1 == config.log.profile_step
       if traced:
         flush()
@@ -293,6 +295,8 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       raise
     if (step + 1) % config.checkpoint.save_every == 0 or step + 1 == section.steps:
       save(step + 1)
+    if pending:
+      pending[1]['timing/step_s'] = time.monotonic() - began
 
   # ---- the phase's final parameters, outside checkpoint retention; they mark its end
   kept = path / 'phases' / phases.kept_name(order, index)

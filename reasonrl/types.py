@@ -49,6 +49,7 @@ class Experience:
   rollout_B: np.ndarray  # int32, index into [R]; several rows (turns, threads) may form one rollout
   reward_R: np.ndarray  # float32, weighted sum of the parts; NaN: no reward applies
   parts: dict[str, np.ndarray]  # name -> float32 [R]; NaN = does not apply
+  reward_weights: dict[str, float]  # reward -> its weight in reward_R
   reward_BT: np.ndarray | None  # float32, optional dense reward
   scores: dict[str, np.ndarray]  # what algorithm.needs names ('old_logp', ...): [B, T]
   examples: tuple[records.Example, ...]  # [R], for the logs

@@ -79,6 +79,16 @@ class Phase:
     ref = self.reads.get('ref')
     return ref is not None and (ref.model, ref.init) == (self.section.trains, self.section.init)
 
+  @property
+  def old_policy(self) -> str:
+    """What the first update of a step divides by: 'itself', 'scored' or 'sampled' probabilities."""
+    if self.algorithm is None or 'old_logp' in self.algorithm.needs:
+      return 'scored'
+    sampled = (
+      getattr(self.algorithm, 'old_policy', None) == 'sampler'
+    )  # of those that have the choice
+    return 'sampled' if sampled else 'itself'
+
 
 def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup:
   """Builds everything. `table`: 'task', 'reward', 'env', ... -> its members by name."""
@@ -158,18 +168,16 @@ def make_phase(setup: Setup, table: dict, name: str) -> Phase:
   """Builds one section that `phases` names; `checks` says whether it can run."""
   section = setup.config[name]
   tables.lookup(setup.models, section.trains, f'{name}.trains')
-  env, algorithm, prepare, reads = None, None, None, {}
+  env, algorithm, reads = None, None, {}
   temperature, terms, steps = 1.0, (), max(section.steps, 1)
   if section.kind == 'supervised':
     terms = (learner.Term(tables.lookup(LOSSES, section.loss, f'{name}.loss'), None),)
   if section.kind == 'reinforce':
     env = tables.member(table['env'], section.env, f'{name}.env')
     algorithm = tables.member(table['algorithm'], section.algorithm, f'{name}.algorithm')
-    if 'prepare' in algorithm.needs:
-      prepare = algorithm.prepare
     roles = {SCORED_WITH[name] for name in algorithm.needs & SCORED_WITH.keys()} - {'params'}
     reads = {role: section.reads[role] for role in sorted(roles)}
-    terms, temperature = (learner.Term(algorithm.token_loss, prepare),), env.temperature
+    terms, temperature = (learner.Term(algorithm.token_loss, algorithm.prepare),), env.temperature
     steps *= algorithm.num_iterations * algorithm.num_minibatches
   sampler = setup.samplers[section.trains]
   tx, ema_decay = optim.frozen(), None

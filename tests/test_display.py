@@ -62,7 +62,7 @@ def test_plain_lines(monkeypatch):
     'held-out accuracy after  sampled 0.500 [0.400, 0.600]',
     '✓ What is [red]2 + 2[/red]?',
     '  <think>2 and 2</think><answer>4</answer>',
-    '  answer 4  reward 1.10  advantage +0.50  tokens 12  eos',
+    '  expected 4  reward 1.10  advantage +0.50  tokens 12  eos',
     'the end [bold]',
     '',
   ]

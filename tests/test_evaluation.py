@@ -297,13 +297,18 @@ def test_evaluate_greedy_and_sampled():
   assert metrics['eval/sampled/outcomes'] == [0.5, 0.0, 0.5]
   assert metrics['eval/greedy/accuracy'] == pytest.approx(2 / 3)
   assert metrics['eval/sampled/accuracy'] == pytest.approx(1 / 3)
-  low, high = stats.wilson(1 / 3, 3)  # problems count, not samples
-  assert metrics['eval/sampled/accuracy_low'] == pytest.approx(low)
-  assert metrics['eval/sampled/accuracy_high'] == pytest.approx(high)
+  # Problems count, not samples: sd of (.5, 0, .5) is .288675, and 1.96 sd / sqrt(3) = .326661.
+  assert metrics['eval/sampled/accuracy_low'] == pytest.approx(1 / 3 - 0.326661, abs=1e-5)
+  assert metrics['eval/sampled/accuracy_high'] == pytest.approx(1 / 3 + 0.326661, abs=1e-5)
+  low, high = stats.wilson(2 / 3, 3)  # of one sample each
+  assert metrics['eval/greedy/accuracy_low'] == pytest.approx(low)
+  assert metrics['eval/greedy/accuracy_high'] == pytest.approx(high)
   assert metrics['eval/sampled/pass@2'] == pytest.approx(2 / 3)
   assert metrics['eval/sampled/majority@2'] == pytest.approx(1 / 3)  # samples 0,1 | 0,0 | 1,nan
   assert not [name for name in metrics if name.startswith('eval/greedy/pass@')]
   plain, _ = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, []), tools, {}, None)
-  assert set(metrics) - set(plain) == {'eval/sampled/majority@2'}
+  assert set(metrics) - set(plain) == {
+    f'eval/sampled/majority@2{end}' for end in ('', '_low', '_high')
+  }
   assert metrics['eval/sampled/completion_length'] == 2.0
   assert found['sampled'].reward_R.size == 6 and found['greedy'].reward_R.size == 3

@@ -171,7 +171,7 @@ def test_bad_files(tmp_path):
   missing = {k: w for k, w in named.items() if k != 'blk.1.ffn_up.weight'}
   with pytest.raises(records.UserError, match="no tensor 'blk.1.ffn_up.weight'"):
     gguf.read(write(tmp_path / 'e', missing))
-  with pytest.raises(records.UserError, match='no GGUF file .*smollm2-135m-instruct'):
+  with pytest.raises(records.UserError, match='no file or folder .*smollm2-135m-instruct'):
     gguf.read(tmp_path / 'nowhere.gguf')
 
 

@@ -36,7 +36,7 @@ def test_presets_hold_exactly_the_fields_of_their_class(preset):
   section = common.algorithm(preset).to_dict()
   cls = ALGORITHMS[section.pop('name')]
   assert set(section) == {f.name for f in dataclasses.fields(cls)}
-  cls(**section).check(num_generations=2)
+  cls(**section).check(2, ('accuracy',))
   for field in dataclasses.fields(cls):
     assert field.default is dataclasses.MISSING, f'{field.name} has a default outside the config'
 
@@ -67,7 +67,7 @@ def test_needs_only_the_scores_it_uses(changes, needs):
   [
     ({}, 1, 'num_generations=1: .* at least 2'),
     ({'scale_rewards': 'none'}, 1, 'num_generations=1: .* at least 2'),
-    ({'scale_rewards': 'std'}, 4, "scale_rewards='std' is not one of 'group', 'none'"),
+    ({'scale_rewards': 'std'}, 4, "scale_rewards='std' is not one of .*'group'"),
     ({'loss_agg': 'mean'}, 4, "loss_agg='mean' is not one of .*'token_mean'"),
     ({'num_iterations': 0}, 4, 'num_iterations=0 must be at least 1'),
     ({'num_minibatches': 0}, 4, 'num_minibatches=0 must be at least 1'),
@@ -75,7 +75,7 @@ def test_needs_only_the_scores_it_uses(changes, needs):
 )
 def test_settings_that_cannot_train_are_refused_by_name(changes, generations, said):
   with pytest.raises(records.UserError, match=said):
-    tiny.algorithm(**changes).check(generations)
+    tiny.algorithm(**changes).check(generations, ('accuracy',))
 
 
 # ------------------------------------------------------------------------------------ credit
@@ -112,8 +112,16 @@ def test_permuting_rows_permutes_advantages():
   np.testing.assert_array_equal(got.sum(1), want.sum(1))
 
 
-def test_every_group_is_kept():
-  assert tiny.algorithm().keep(experience()).tolist() == [True, True]
+def test_which_groups_are_kept():
+  assert tiny.algorithm().keep(experience()) is None
+  drop = tiny.algorithm(zero_variance='drop')
+  assert drop.keep(experience()).tolist() == [True, True]
+  same = tiny.experience([1.0, 0.5, 1.0, 0.5, 1.0, 2.0], GROUPS, LENGTHS)
+  assert drop.keep(same).tolist() == [False, True]
+  parts = {'accuracy': np.float32([1, 1, 0, 1, 1, 1])}  # another choice by the task's own reward
+  same = dataclasses.replace(same, parts=parts)
+  drop = tiny.algorithm(zero_variance='drop', zero_variance_of='accuracy')
+  assert drop.keep(same).tolist() == [True, False]
 
 
 @pytest.mark.parametrize('loss_agg', ['token_mean', 'seq_mean_token_mean', 'token_sum_const'])

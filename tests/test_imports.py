@@ -19,7 +19,18 @@ MAPPED = ('kernels', 'configs', 'experiments')  # top-level folders, imported as
 LAYERS = (
   ('kernels',),
   (
-    *('types', 'records', 'ops', 'rl_math', 'stats', 'rollouts', 'profiling', 'pretrained'),
+    *(
+      'types',
+      'records',
+      'ops',
+      'rl_math',
+      'advantages',
+      'aggregation',
+      'stats',
+      'rollouts',
+      'profiling',
+      'pretrained',
+    ),
     *('tokenizers', 'logs', 'display', 'sharding'),
   ),
   ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'optim'),

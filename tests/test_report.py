@@ -33,6 +33,9 @@ ROWS = [
 SAMPLE = {
   'step': 20,
   'phase': 'rl',
+  'phase_step': 10,
+  'kind': 'eval',
+  'mode': 'greedy',
   'prompt': '2 + 2 = <script>alert(1)</script>',
   'completion': 'so <think>4</think> it is',
   'answer': '4',

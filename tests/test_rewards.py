@@ -20,6 +20,7 @@ FIELDS = {
   'r1_format': dict(allow_empty_think=False),
   'open_r1_format': dict(),
   'tag_count': dict(),
+  'soft_overlong': dict(cache=4),
 }
 
 
@@ -410,3 +411,14 @@ def test_votes_of_an_example_that_names_its_reward():
   named = dataclasses.replace(example('7'), meta={records.CHECKED_BY: 'addition'})
   scores = count([named] * 3, [completion(text) for text in ('7', '8', '7')])
   assert [score.value for score in scores] == [1, 2, 1]
+
+
+# ------------------------------------------------------------------------------------- length
+
+
+@pytest.mark.parametrize('tokens, want', [(1, 0.0), (80, 0.0), (90, -0.5), (100, -1), (101, -1)])
+def test_soft_overlong_by_hand(tokens, want):
+  cut = records.Completion('', (), tokens, None, Stop.EOS, 100)
+  assert make('soft_overlong', cache=20)(example(), cut).value == want
+  with pytest.raises(records.UserError, match='cache=0 must be at least 1'):
+    make('soft_overlong', cache=0)

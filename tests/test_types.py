@@ -122,12 +122,15 @@ def test_rewards_add_up_and_nan_means_that_none_applies():
     types.BatchScore(values[0], {'a': values[0]}, None),
     types.BatchScore(values[1], {'b': values[1], 'b/x': values[0]}, dense),
   ]
-  got = rollouts.rewarded(sample(), scores)
+  got = rollouts.rewarded(sample(), scores, {'a': 0.5})
   np.testing.assert_array_equal(got.reward_R, np.float32([1.5, 2.0, 0.5, np.nan]))
   assert list(got.parts) == ['a', 'b', 'b/x'] and got.reward_R.dtype == np.float32
+  assert got.reward_weights == {'a': 0.5}
   np.testing.assert_array_equal(got.reward_BT, dense)
-  np.testing.assert_array_equal(rollouts.rewarded(sample(), [scores[1]] * 2).reward_BT, 2 * dense)
-  assert rollouts.rewarded(sample(), scores[:1]).reward_BT is None
+  np.testing.assert_array_equal(
+    rollouts.rewarded(sample(), [scores[1]] * 2, {}).reward_BT, 2 * dense
+  )
+  assert rollouts.rewarded(sample(), scores[:1], {}).reward_BT is None
 
 
 def test_token_rewards_lie_on_the_completion():

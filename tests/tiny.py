@@ -65,6 +65,7 @@ def experience(rewards, groups, lengths, prompt_length=2, vocab=11, seed=0, **ch
     rollout_B=np.arange(R, dtype=np.int32),
     reward_R=np.asarray(rewards, np.float32),
     parts={'accuracy': np.asarray(rewards, np.float32)},
+    reward_weights={'accuracy': 1.0},
     reward_BT=None,
     scores={},
     examples=tuple(records.Example('t', 'train', r, f'p{r}', 'a', None, {}) for r in range(R)),

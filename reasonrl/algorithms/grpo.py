@@ -1,110 +1,291 @@
-"""Group Relative Policy Optimization (arXiv 2402.03300), with the axes that its users vary.
+"""The GRPO family as one loss with named axes; its members are presets in `configs/common.py`.
 
-    J = sum over tokens of  min(r A, clip(r, 1 - eps, 1 + eps_high) A) - beta k3(pi || pi_ref)
+    A     = (R - baseline) / scale, one number per rollout, then optionally whitened over tokens
+    r     = pi / pi_old of a token, or the geometric mean over the completion (GSPO)
+    loss  = sum_it w_it [ surrogate(r_it, rho_it A_it) + beta KL_it - entropy_coef H_it ] / N
 
-aggregated as `loss_agg` says; A is one number per rollout, from its group's rewards alone.
-The presets in `configs/common.py` are the settings of TRL and of the paper.
+`objective.explain` prints which formula a config is. Sampler, learner and kernels know none of it:
+rho, the correction between sampler and trainer, is folded into A (every surrogate is homogeneous in
+A), and what concerns whole completions is either computed here on the host or in `prepare`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from reasonrl import records, rl_math, types
+from reasonrl import advantages, aggregation, records, rl_math, sharding, types
+from reasonrl.algorithms import axes
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPO:
   """Settings; every default and its source is in `configs/common.py`."""
 
+  # ---- advantage
+  baseline: str
   scale_rewards: str
+  multi_objective_aggregation: str
   std_ddof: int
   advantage_eps: float
+  returns: str
+  gamma: float
+  whiten: bool
+  positive_weight: float
+  negative_weight: float
+  # ---- surrogate
+  surrogate: str
+  importance_sampling_level: str
+  log_ratio_clamp: float | None
   epsilon: float
   epsilon_high: float | None
+  dual_clip: float | None
+  delta: float | None
+  cispo_ratio_max: float | None
+  cispo_ratio_min: float | None
+  sapo_temperature_pos: float
+  sapo_temperature_neg: float
+  vespo_k_pos: float
+  vespo_lambda_pos: float
+  vespo_k_neg: float
+  vespo_lambda_neg: float
+  # ---- sampler against trainer
+  old_policy: str
+  importance_correction: str
+  importance_max: float
+  importance_min: float | None
+  # ---- KL to the reference, entropy
   beta: float
+  kl_estimator: str
+  kl_placement: str
+  entropy_coef: float
+  # ---- aggregation
   loss_agg: str
   loss_constant: int
+  local_rows: int
+  mask_truncated_completions: bool
+  # ---- which groups, how many optimizer steps
+  zero_variance: str
+  zero_variance_of: str
   num_iterations: int
   num_minibatches: int
-  mask_truncated_completions: bool
 
-  def check(self, num_generations: int) -> None:
-    """Raises UserError for settings that cannot train."""
-    if num_generations < 2:
-      raise records.UserError(
-        f'num_generations={num_generations}: group-relative advantages need at least 2 samples '
-        'per prompt (the advantage of a group of one is always 0)'
-      )
-    if self.scale_rewards not in ('group', 'none'):
-      raise records.UserError(
-        f"algorithm.scale_rewards={self.scale_rewards!r} is not one of 'group', 'none'"
-      )
-    choices = ('token_mean', 'seq_mean_token_mean', 'token_sum_const')
-    if self.loss_agg not in choices:
-      raise records.UserError(f'algorithm.loss_agg={self.loss_agg!r} is not one of {choices}')
-    least = {'num_iterations': 1, 'num_minibatches': 1, 'loss_constant': 1, 'std_ddof': 0}
-    least |= {'advantage_eps': 0, 'epsilon': 0, 'beta': 0}
-    for name, bound in least.items():
-      if getattr(self, name) < bound:
-        raise records.UserError(f'algorithm.{name}={getattr(self, name)} must be at least {bound}')
-    if self.std_ddof >= num_generations:
-      raise records.UserError(
-        f'algorithm.std_ddof={self.std_ddof} must be less than num_generations={num_generations}'
-      )
+  def check(self, num_generations: int, rewards) -> None:
+    """Raises UserError for settings that cannot train, or that no formula has."""
+    axes.check(self, num_generations, rewards)
+
+  @property
+  def high(self) -> float:
+    return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+  @property
+  def gdpo(self) -> bool:
+    return self.multi_objective_aggregation == 'normalize_then_sum'
+
+  @property
+  def kl_in_reward(self) -> bool:
+    return bool(self.beta) and self.kl_placement == 'reward'
+
+  @property
+  def _several(self) -> bool:
+    return self.num_iterations * self.num_minibatches > 1
 
   @property
   def needs(self) -> frozenset[str]:
     """On fresh samples the first pass needs no old_logp: there old = stop_gradient(logp)."""
-    needs = set()
-    if self.num_iterations * self.num_minibatches > 1:
-      needs.add('old_logp')
-    if self.beta:
-      needs.add('ref_logp')
-    return frozenset(needs)
+    moves = self._several and self.old_policy == 'trainer'
+    needs = {
+      'old_logp': moves or self.importance_correction != 'none' or self.kl_in_reward,
+      'ref_logp': bool(self.beta),
+    }
+    return frozenset(name for name, needed in needs.items() if needed)
 
-  def keep(self, experience: types.Experience) -> np.ndarray:
-    """GRPO trains on every group; those without variance contribute exactly zero gradient."""
-    return np.ones(np.unique(experience.group_B).size, bool)
+  # ---------------------------------------------------------------------------------- the host
+
+  def keep(self, experience: types.Experience) -> np.ndarray | None:
+    """Which groups count; None: all. Those without variance contribute exactly zero gradient."""
+    if self.zero_variance == 'keep':
+      return None
+    of = self.zero_variance_of
+    value_R = experience.reward_R if of == 'reward' else experience.parts[of]
+    return ~advantages.zero_variance(value_R, experience.group_R)
 
   def advantages(self, experience: types.Experience) -> np.ndarray:
-    """One advantage per rollout, the same on each of its tokens: float32 [B, T].
+    """rho A of every token, 0 where the policy did not sample it: float32 [B, T].
 
     Raises:
-      UserError: a reward gave credit to single tokens, which this algorithm would not use.
+      UserError: a reward gave credit to single tokens and `returns` is 'outcome'.
     """
-    if experience.reward_BT is not None:
-      raise records.UserError('a reward gives credit per token, which grpo does not use')
-    adv_R = rl_math.group_advantages(
-      experience.reward_R,
-      experience.group_R,
-      self.scale_rewards,
-      self.std_ddof,
-      self.advantage_eps,
+    mask_BT, rollout_B = experience.mask_BT, experience.rollout_B
+    if experience.reward_BT is not None and self.returns == 'outcome':
+      raise records.UserError("a reward gives credit per token: set algorithm.returns='to_go'")
+    reward_R, group_R = experience.reward_R.astype(np.float64), experience.group_R
+    shaped = (self.baseline, self.scale_rewards, self.std_ddof, self.advantage_eps, sharding.total)
+    penalty_BT = self._penalty(experience)
+    if self.returns == 'to_go':
+      outcome_R = advantages.outcome(reward_R, group_R, *shaped)
+      reward_BT = advantages.at_last_token(outcome_R, mask_BT, rollout_B) - penalty_BT
+      if experience.reward_BT is not None:
+        reward_BT = reward_BT + experience.reward_BT
+      adv_BT = advantages.to_go(reward_BT, mask_BT, rollout_B, self.gamma)
+    else:
+      if self.gdpo:
+        outcome_R = advantages.normalize_then_sum(
+          experience.parts, experience.reward_weights, group_R, *shaped[2:]
+        )
+      else:
+        reward_R -= np.bincount(rollout_B, penalty_BT.sum(1), reward_R.size)
+        outcome_R = advantages.outcome(reward_R, group_R, *shaped)
+      adv_BT = outcome_R[rollout_B][:, None] * mask_BT
+    if self.whiten:
+      adv_BT = advantages.whiten(adv_BT, mask_BT, self.advantage_eps, sharding.total)
+    adv_BT = np.where(adv_BT > 0, self.positive_weight, self.negative_weight) * adv_BT
+    if self.importance_correction != 'none' and self.surrogate != 'vespo':
+      adv_BT = adv_BT * self._rho(experience)
+    return adv_BT.astype(np.float32)
+
+  def _penalty(self, experience) -> np.ndarray:
+    """beta KL per token, where it is part of the reward."""
+    if not self.kl_in_reward:
+      return np.zeros(experience.mask_BT.shape)
+    old_BT, ref_BT = experience.scores['old_logp'], experience.scores['ref_logp']
+    return self.beta * np.asarray(
+      rl_math.kl(self.kl_estimator, old_BT, ref_BT, 1.0, experience.mask_BT), np.float64
     )
-    return adv_R[experience.rollout_B][:, None] * experience.mask_BT
+
+  def _rho(self, experience) -> np.ndarray:
+    return advantages.importance(
+      experience.scores['old_logp'],
+      experience.logp_BT,
+      experience.mask_BT,
+      self.importance_correction,
+      self.importance_min,
+      self.importance_max,
+    )
+
+  def describe(self, experience: types.Experience) -> dict[str, float]:
+    """Metrics of what the host computed: this process's, and only where something was corrected."""
+    row = {}
+    mask = experience.mask_BT > 0
+    if self.importance_correction != 'none':
+      rho = self._rho(experience)[mask]
+      row = {'importance/mean': rho.mean(), 'importance/min': rho.min()}
+      row |= {'importance/max': rho.max(), 'importance/masked': (rho == 0).mean()}
+    if self.kl_in_reward:
+      old, ref = experience.scores['old_logp'], experience.scores['ref_logp']
+      row['kl'] = np.asarray(rl_math.kl('k3', old, ref, 1.0, mask))[mask].mean()
+    return {name: float(value) for name, value in row.items()}
 
   def weights(self, experience: types.Experience) -> tuple[np.ndarray, float]:
-    """Token weights and the global denominator; truncated completions leave both if masked."""
+    """Token weights and the denominator; truncated completions leave both if masked."""
     mask_BT = experience.mask_BT
     if self.mask_truncated_completions:
       mask_BT = mask_BT * (experience.stop_B != records.Stop.LENGTH)[:, None]
-    return rl_math.loss_weights(mask_BT, self.loss_agg, self.loss_constant)
+    return aggregation.loss_weights(
+      mask_BT, experience.group_B, self.loss_agg, self.loss_constant, self.local_rows
+    )
+
+  # ---------------------------------------------------------------------------------- the device
+
+  @property
+  def prepare(self):
+    """None, or the function that gives every token the log-ratio of its completion."""
+    sequence = self.importance_sampling_level != 'token' or self.surrogate == 'vespo'
+    moves = self._several or self.old_policy == 'sampler' or self.importance_correction != 'none'
+    return self._sequence_log_ratio if sequence and moves else None
+
+  def _sequence_log_ratio(self, logp_BM, batch: types.Batch):
+    """The mean log-ratio over a completion (GSPO, arXiv 2507.18071 eq. 7), or the sum (VESPO)."""
+    weight_BM = batch.aux['weight']
+    segment_BM = jnp.take_along_axis(batch.segments_BT, batch.index_BM, axis=1)
+    gap_BM = rl_math.log_ratio(logp_BM, self._old(logp_BM, batch.aux), weight_BM, self._clamp)
+    sum_BM = rl_math.segment_sum(gap_BM, segment_BM)
+    if self.surrogate == 'vespo':
+      return {'sequence_log_ratio': sum_BM + self._log_rho(batch.aux, segment_BM)}
+    count_BM = rl_math.segment_sum((weight_BM > 0).astype(jnp.float32), segment_BM)
+    return {'sequence_log_ratio': sum_BM / jnp.maximum(count_BM, 1.0)}
+
+  @property
+  def _clamp(self) -> float | None:
+    return 20.0 if self.surrogate == 'vespo' else self.log_ratio_clamp
+
+  def _log_rho(self, aux, segment_BM):
+    """VESPO has the correction inside w: log prod rho, bounded as `importance_correction` says."""
+    if self.importance_correction == 'none':
+      return 0.0
+    low = 0.0 if self.importance_min is None else self.importance_min
+    bounds = math.log(max(low, 1e-8)), math.log(self.importance_max)
+    gap_BM = rl_math.log_ratio(aux['old_logp'], aux['sampler_logp'], aux['weight'])
+    if self.importance_correction.startswith('sequence'):
+      gap_BM = rl_math.segment_sum(gap_BM, segment_BM)
+    if self.importance_correction.endswith('mask'):
+      inside = (gap_BM >= bounds[0]) & (gap_BM <= bounds[1])
+      gap_BM = jnp.where(inside, gap_BM, math.log(1e-8))
+    else:
+      gap_BM = jnp.clip(gap_BM, *bounds)
+    if self.importance_correction.startswith('sequence'):
+      return gap_BM
+    return rl_math.segment_sum(jnp.where(aux['weight'] > 0, gap_BM, 0.0), segment_BM)
+
+  def _old(self, logp, aux):
+    if self.old_policy == 'sampler':
+      return aux['sampler_logp']
+    return aux['old_logp'] if 'old_logp' in self.needs else jax.lax.stop_gradient(logp)
 
   def token_loss(self, out, aux):
-    """loss_M and metrics, from out.logp and aux: 'adv', 'weight', 'old_logp', 'ref_logp'."""
-    weight = aux['weight']
-    old = aux['old_logp'] if 'old_logp' in self.needs else jax.lax.stop_gradient(out.logp)
-    ratio = jnp.exp(rl_math.log_ratio(out.logp, old, weight))
-    high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-    loss, low_clipped, high_clipped = rl_math.ppo_clip(ratio, aux['adv'], self.epsilon, high)
-    metrics = {'clip_ratio/low': low_clipped, 'clip_ratio/high': high_clipped, 'ratio_max': ratio}
-    if self.beta:
-      kl = rl_math.kl_k3(out.logp, aux['ref_logp'], weight)
-      loss = loss + self.beta * kl
-      metrics['kl'] = kl
+    """loss_M and metrics, from out.logp, out.entropy and aux: 'adv', 'weight', what is needed."""
+    logp, weight = out.logp, aux['weight']
+    gap = rl_math.log_ratio(logp, self._old(logp, aux), weight, self.log_ratio_clamp)
+    if self.importance_sampling_level != 'token':
+      # Value of the completion's ratio, on each of its tokens a share of its gradient (eq. 13).
+      mean = aux['sequence_log_ratio'] if self.prepare else 0.0
+      gap = mean + rl_math.log_ratio(logp, jax.lax.stop_gradient(logp), weight)
+    ratio = jnp.exp(gap)
+    loss, metrics = SURROGATES[self.surrogate](self, logp, ratio, aux)
+    metrics['ratio_max'] = ratio
+    if self.beta and self.kl_placement == 'loss':
+      loss += self.beta * rl_math.kl(self.kl_estimator, logp, aux['ref_logp'], ratio, weight)
+      metrics['kl'] = rl_math.kl('k3', logp, aux['ref_logp'], ratio, weight)
+    if self.entropy_coef:
+      loss -= self.entropy_coef * out.entropy
     return loss, metrics
+
+
+def _ppo_clip(cfg: GRPO, logp, ratio, aux):
+  clip = cfg.epsilon, cfg.high, cfg.dual_clip, cfg.delta
+  loss, below, above = rl_math.ppo_clip(ratio, aux['adv'], *clip)
+  return loss, {'clip_ratio/low': below, 'clip_ratio/high': above}
+
+
+def _cispo(cfg: GRPO, logp, ratio, aux):
+  bounds = cfg.cispo_ratio_min, cfg.cispo_ratio_max
+  loss, below, above = rl_math.cispo(logp, ratio, aux['adv'], *bounds)
+  return loss, {'clip_ratio/low': below, 'clip_ratio/high': above}
+
+
+def _sapo(cfg: GRPO, logp, ratio, aux):
+  return rl_math.sapo(ratio, aux['adv'], cfg.sapo_temperature_pos, cfg.sapo_temperature_neg), {}
+
+
+def _vespo(cfg: GRPO, logp, ratio, aux):
+  log_w = aux['sequence_log_ratio'] if cfg.prepare else jnp.zeros_like(logp)
+  shape = cfg.vespo_k_pos, cfg.vespo_lambda_pos, cfg.vespo_k_neg, cfg.vespo_lambda_neg
+  phi = rl_math.vespo_weight(log_w, aux['adv'], *shape)
+  return -phi * aux['adv'] * logp, {'vespo_phi': phi}
+
+
+def _reinforce(cfg: GRPO, logp, ratio, aux):
+  return -aux['adv'] * logp, {}
+
+
+SURROGATES = {
+  'ppo_clip': _ppo_clip,
+  'cispo': _cispo,
+  'sapo': _sapo,
+  'vespo': _vespo,
+  'reinforce': _reinforce,
+}

@@ -56,6 +56,7 @@ class SingleTurn:
       rollout_B=np.arange(prompt_R.size, dtype=np.int32),
       reward_R=np.full(prompt_R.size, np.nan, np.float32),
       parts={},
+      reward_weights={},
       reward_BT=None,
       scores={},
       examples=tuple(examples[p] for p in prompt_R),

@@ -13,7 +13,7 @@ the environment ('params', 'ema', 'version'; in training also 'ref' if the algor
 `tools.score(params, experience)` gives log-probabilities.
 """
 
-from reasonrl.rewards import addition, answer, countdown, format
+from reasonrl.rewards import addition, answer, countdown, format, overlong
 
 REWARDS = {
   'accuracy': answer.Accuracy,
@@ -22,4 +22,5 @@ REWARDS = {
   'r1_format': format.R1Format,
   'open_r1_format': format.OpenR1Format,
   'tag_count': format.TagCount,
+  'soft_overlong': overlong.SoftOverlong,
 }
