@@ -138,9 +138,7 @@ def _layout(tree) -> list[str]:
 
 
 @jax.jit
-def bit_sums(tree):
-  """The sum of every leaf's bits modulo 2^32: uint32 scalars, the same on every mesh."""
-
+def _sums(tree):
   def one(x):
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
     return jnp.sum(bits, dtype=jnp.uint32)
@@ -149,7 +147,8 @@ def bit_sums(tree):
 
 
 def _state_sum(tree) -> int:
-  sums = [int(x) for x in jax.tree.leaves(sharding.fetch(bit_sums(tree)))]
+  """crc32 over the sums of all leaves' bits, modulo 2^32: the same on every mesh."""
+  sums = [int(x) for x in jax.tree.leaves(sharding.fetch(_sums(tree)))]
   return zlib.crc32(json.dumps(sums).encode())
 
 
