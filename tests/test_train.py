@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from reasonrl import checkpoint, records, rewarding, sentinels, train, types
+from reasonrl import checkpoint, records, rewarding, train, types
 from reasonrl.algorithms import grpo
 from reasonrl.configs import common, r1_zero
 
@@ -97,10 +97,9 @@ def test_steps_that_are_not_finite_are_kept_and_stop_the_run(tmp_path, pool):
   config.pretrain.optim.schedule = 'constant'
   with pytest.raises(RuntimeError, match='2 steps in a row were not finite'):
     train.run(config, str(tmp_path / 'run'), pool)
-  kept = sorted((tmp_path / 'run' / 'nonfinite').iterdir())
-  assert len(kept) == 2
-  with np.load(kept[0]) as arrays:
-    assert {'0/denominators', '0/0/tokens_BT', '0/0/aux/weight'} <= set(arrays)
+  kept = {path.name for path in (tmp_path / 'run' / 'nonfinite').iterdir()}
+  names = {f'pretrain-{step}-0.{end}' for step in (2, 3) for end in ('npz', 'json')}
+  assert kept == names | {'pretrain-2-0.params'}  # which the step after it left alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,19 +160,6 @@ def test_shuffled_rewards_reach_the_advantages_and_no_metric(tmp_path, pool, mon
   assert [s['completion'] for s in mixed] == [s['completion'] for s in told]
   rewards = lambda samples: [s['reward'] for s in samples]
   assert rewards(mixed) != rewards(told) and sorted(rewards(mixed)) == sorted(rewards(told))
-
-
-def test_sentinels():
-  row = {'finite': 1.0, 'mismatch/max': 9e-5, 'mismatch/mean': 0.0, 'kl': 0.0}
-  row['unmasked_tokens'] = 0.0
-  assert sentinels.warnings(row, True, 'float32') == []
-  bads = [{'mismatch/max': 2e-4}, {'kl': 2e-5}, {'unmasked_tokens': 1.0}, {'finite': 0.0}]
-  bads += [{'mismatch/max': np.nan}, {'kl': np.nan}]
-  for bad in bads:
-    assert len(sentinels.warnings(row | bad, True, 'float32')) == 1, bad
-  assert sentinels.warnings(row | {'kl': 2e-5}, False, 'float32') == []  # later it may move
-  assert sentinels.warnings(row | {'mismatch/max': 1.6}, False, 'bfloat16') == []
-  assert len(sentinels.warnings(row | {'mismatch/mean': 0.06}, False, 'bfloat16')) == 1
 
 
 def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool):
