@@ -222,7 +222,8 @@ def weighted(token_loss, logp, entropy, aux):
   loss, metrics = token_loss(Out(logp, entropy), aux)
   metrics = {**metrics, 'entropy': entropy}
   if 'ratio_max' in metrics:  # before it is reduced: the ratio of each token
-    metrics['ratio_gap_max'] = jnp.abs(metrics['ratio_max'] - 1.0)
+    gap = jnp.abs(metrics['ratio_max'] - 1.0)
+    metrics |= {'ratio_gap': gap, 'ratio_gap_max': gap}
   if 'sampler_logp' in aux:
     metrics['mismatch'] = jnp.where(aux['weight'] > 0, jnp.abs(logp - aux['sampler_logp']), -1.0)
   return jnp.where(aux['weight'] > 0, aux['weight'] * loss, 0.0), metrics
@@ -257,7 +258,7 @@ def merge_reports(reports: list[dict]) -> dict:
   out = {}
   for name in reports[0]:
     values = [report[name] for report in reports]
-    if name.startswith('mismatch') or name in ('kl', 'ratio_gap_max'):
+    if name.startswith(('mismatch', 'ratio_gap')) or name == 'kl':
       out[name] = values[0]
     elif name == 'tokens':
       out[name] = sum(values)

@@ -27,7 +27,8 @@ SHOWN_EVERY = 10  # steps
 # most 0.017 (experiments/r1_zero_smollm2).
 MISMATCH = {'float32': ('mismatch/max', 1e-4), 'bfloat16': ('mismatch/mean', 0.05)}
 # Bounds on |ratio - 1| where old_logp came from the scoring path: two programs for one function.
-RATIO = {'float32': 1e-4, 'bfloat16': 0.05}
+# In bfloat16 a single token is off by 0.09 without a bug and the mean by MEASURED (SmolLM2-135M).
+RATIO = {'float32': ('ratio_gap_max', 1e-4), 'bfloat16': ('ratio_gap', 0.02)}
 STEP0_KL = 1e-5  # float32, before the first update: policy and reference are the same parameters
 # Below this share of completions that end by themselves nearly all of the batch is cut off. A young
 # policy may be there for a while, hence the patience.
@@ -93,10 +94,12 @@ def _mismatch(row, facts):
 
 
 def _ratio(row, facts):
-  limit = RATIO[facts.compute_dtype] if facts.old_policy == 'scored' else 0.0
+  name, limit = RATIO[facts.compute_dtype]
+  if facts.old_policy == 'itself':  # by construction
+    name, limit = 'ratio_gap_max', 0.0
   # Against the sampler's probabilities it is 1 up to what [mismatch] watches.
-  bad = facts.old_policy != 'sampled' and _above(row, 'ratio_gap_max', limit)
-  return f'the ratio of the first update is off 1 by {row["ratio_gap_max"]:.1e}' if bad else ''
+  bad = facts.old_policy != 'sampled' and _above(row, name, limit)
+  return f'the ratio of the first update is not 1: {name} {row[name]:.1e}' if bad else ''
 
 
 def _kl(row, facts):

@@ -421,7 +421,7 @@ def test_metrics_do_not_depend_on_the_slicing():
   assert found[0]['tokens'] == (aux['weight'] > 0).sum()
   assert set(found[0]) == {
     *('loss', 'tokens', 'entropy', 'kl', 'clip_ratio/low', 'clip_ratio/high', 'ratio_max'),
-    'ratio_gap_max',
+    *('ratio_gap', 'ratio_gap_max'),
     *('mismatch/mean', 'mismatch/max', 'mismatch/p99'),
   }
 
@@ -444,6 +444,7 @@ def test_metrics_are_what_they_say():
   assert row['mismatch/max'] == pytest.approx(gap.max(), rel=1e-5)
   assert row['mismatch/p99'] == pytest.approx(np.quantile(gap, 0.99), rel=1e-5)
   assert row['ratio_max'] == pytest.approx(ratio.max(), rel=1e-5)
+  assert row['ratio_gap'] == pytest.approx(np.abs(ratio - 1).mean(), rel=1e-5)
   assert row['ratio_gap_max'] == pytest.approx(np.abs(ratio - 1).max(), rel=1e-5)
   low, high = (ratio < 0.8) & (aux['adv'] < 0), (ratio > 1.28) & (aux['adv'] > 0)
   assert low.any() and high.any()

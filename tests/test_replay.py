@@ -1,6 +1,7 @@
 """A step that is not finite names its origin, and the replay of its dump finds it again."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -24,26 +25,26 @@ def pool():
     yield pool
 
 
-CALLS = []
+STEPS = []
 
 
 @dataclasses.dataclass(frozen=True)
 class Planted(grpo.GRPO):
-  """One advantage of the second step is NaN, in the first of its two minibatches."""
-
-  def weights(self, experience):
-    CALLS.append(experience)
-    return super().weights(experience)
+  """One advantage of the second step is NaN: of ROW, which is in the first of two minibatches."""
 
   def advantages(self, experience):
+    STEPS.append(experience)
     adv_BT = super().advantages(experience) + 0.1 * experience.mask_BT
-    if len(CALLS) == 2:
-      adv_BT[:, experience.prompt_length_B.max()] = np.nan
+    if len(STEPS) == 2:
+      adv_BT[ROW, experience.prompt_length_B[ROW]] = np.nan
     return adv_BT
 
 
+ROW = 5
+
+
 def shown(config, dump):
-  console = rich.console.Console(width=200, record=True, quiet=False, file=open('/dev/null', 'w'))
+  console = rich.console.Console(width=200, record=True, file=io.StringIO())
   return replay.run(config, str(dump), console), console.export_text()
 
 
@@ -51,29 +52,31 @@ def test_a_planted_advantage_end_to_end(tmp_path, pool, monkeypatch, capsys):
   monkeypatch.setitem(train.ALGORITHMS, 'grpo', Planted)
   ends = {}
   for steps in (1, 3):
-    CALLS.clear()
+    STEPS.clear()
     config = test_train.short(rl__steps=steps, rl__algorithm__num_minibatches=2)
     assert train.run(config, str(tmp_path / str(steps)), pool) == 0
     ends[steps] = checkpoint.load_params(tmp_path / str(steps) / 'phases' / 'rl', None)
   rows = test_train.rows_of(tmp_path / '3', 'train')
   assert [row.get('sentinels') for row in rows] == [None, ['finite'], None]
   folder = tmp_path / '3' / 'nonfinite'
-  both = {f'rl-2-{u}.{end}' for u in (0, 1) for end in ('json', 'npz')}
-  assert {path.name for path in folder.iterdir()} == both | {'rl-2-0.params'}
+  files = {f'rl-2-0.{end}' for end in ('json', 'npz', 'params')}
+  assert {path.name for path in folder.iterdir()} == files
   # The parameters are those that the bad update met: where the run of one step ended.
   kept = checkpoint.load_params(folder / 'rl-2-0.params', None)
   test_learner.assert_trees_equal(kept, ends[1])
   out = capsys.readouterr().out
-  assert f'step 2: adv is nan, first at token' in out and f'--replay={folder}/rl-2-0.npz' in out
+  assert 'step 2: adv is nan, first at token' in out and f'--replay={folder}/rl-2-0.npz' in out
 
   about = json.loads((folder / 'rl-2-0.json').read_text())
   token = about['report']['origin']['token']
+  assert token['token_id'] == STEPS[1].tokens_BT[ROW, STEPS[1].prompt_length_B[ROW]]
+  assert token['values']['sampler_logp'] == STEPS[1].logp_BT[ROW, STEPS[1].prompt_length_B[ROW]]
   code, text = shown(saved.get_config(str(tmp_path / '3')), folder / 'rl-2-0.npz')
   assert code == 0 and 'reproduces: adv is nan, first at token' in text
   assert f'({token["text"]!r}): micro-batch 0, row {token["row"]}, slot {token["slot"]}' in text
   assert 'sampler_logp' in text and 'rl step 2, update 0' in text
 
-  # Through the door, with the algorithm that the dump names; then with a batch that was mended.
+  # Through the door; then with a batch that was mended.
   monkeypatch.undo()
   command = [sys.executable, '-m', 'reasonrl.main', f'--replay={folder}/rl-2-0.npz']
   done = subprocess.run(command, cwd=test_train.ROOT, capture_output=True, text=True)

@@ -14,7 +14,8 @@ from reasonrl.algorithms import grpo
 from reasonrl.envs import single_turn
 
 HEALTHY = {
-  **{'finite': 1.0, 'mismatch/max': 9e-5, 'mismatch/mean': 0.0, 'kl': 0.0, 'ratio_gap_max': 0.0},
+  **{'finite': 1.0, 'mismatch/max': 9e-5, 'mismatch/mean': 0.0, 'kl': 0.0},
+  **{'ratio_gap': 0.0, 'ratio_gap_max': 0.0},
   **{'unmasked_tokens': 0.0, 'eos_rate': 0.06, 'reward': 0.5, 'reward_std': 0.1, 'grad_norm': 1.0},
   **{'completions': 100.0, 'reward_timeouts': 1.0, 'reward_errors': 0.0},
   **{'params/changed': 1.0, 'params/sampled': 1.0},
@@ -64,10 +65,11 @@ def test_what_depends_on_the_run():
   assert fired({'kl': 1.0}, later) == []
   assert fired({'mismatch/max': 1.6, 'kl': 1e-3}, half) == []
   assert fired({'mismatch/mean': 0.06}, half) == ['mismatch']
-  for old, allowed, refused in (('scored', 9e-5, 2e-4), ('sampled', 9e9, None)):
-    assert fired({'ratio_gap_max': allowed}, FACTS._replace(old_policy=old)) == []
-    if refused:
-      assert fired({'ratio_gap_max': refused}, FACTS._replace(old_policy=old)) == ['ratio']
+  scored, sampled = (FACTS._replace(old_policy=old) for old in ('scored', 'sampled'))
+  assert fired({'ratio_gap_max': 9e-5}, scored) == fired({'ratio_gap_max': 0.1}, sampled) == []
+  assert fired({'ratio_gap_max': 2e-4}, scored) == ['ratio']
+  half = half._replace(old_policy='scored')
+  assert fired({'ratio_gap_max': 0.1}, half) == [] and fired({'ratio_gap': 0.03}, half) == ['ratio']
   assert fired({'params/changed': 0.0}, FACTS._replace(learning=False)) == []
   assert fired({'params/changed': 0.0, 'grad_norm': 0.0}) == []  # no advantage, no step
   supervised = {name: HEALTHY[name] for name in ('finite', 'grad_norm', 'params/changed')}
@@ -190,12 +192,6 @@ def test_a_healthy_run_fires_none(tmp_path, pool, monkeypatch, capsys):
   assert ': [' not in capsys.readouterr().out
 
 
-def test_sentinels_can_be_switched_off(tmp_path, pool, monkeypatch):
-  monkeypatch.setitem(train.ENVS, 'single_turn', Unmasked)
-  names, rows = names_of(test_train.short(sentinels=False), tmp_path / 'run', pool)
-  assert names == [[], []] and rows[0]['unmasked_tokens'] and 'params/changed' not in rows[0]
-
-
 def test_stale_sampler_parameters(tmp_path, pool, monkeypatch, capsys):
   monkeypatch.setitem(train.ENVS, 'single_turn', Stale)
   STALE.clear()
@@ -228,6 +224,13 @@ def test_a_learning_rate_that_rounds_away(tmp_path, pool):
   assert names == [['unmoved'], ['unmoved']]
   config.pretrain.optim.learning_rate = 0.0
   assert names_of(config, tmp_path / 'zero', pool)[0] == [[], []]  # as it was told
+
+
+def test_sentinels_can_be_switched_off(tmp_path, pool):
+  config = test_train.short(phases=('pretrain',), pretrain__steps=1, sentinels=False)
+  config.pretrain.optim.learning_rate = 1e-30
+  names, (row,) = names_of(config, tmp_path / 'run', pool)
+  assert names == [[]] and 'params/changed' not in row
 
 
 def test_equal_rewards_and_rows_that_never_stop(tmp_path, pool, monkeypatch, capsys):
