@@ -301,7 +301,8 @@ TEMPLATE = """<!doctype html>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff }
-h1 { font-size: 1.4rem; margin-bottom: 0 } h2 { margin-top: 2.5rem } img { width: 100%; min-width: 44rem }
+h1 { font-size: 1.4rem; margin-bottom: 0 } h2 { margin-top: 2.5rem }
+img { width: 100%; min-width: 44rem }
 table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto }
 td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; font-weight: 400 }
 td:first-child { text-align: left; font-family: monospace } th { color: #666 }

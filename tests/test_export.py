@@ -303,9 +303,7 @@ def test_missing_package(tmp_path, monkeypatch):
   model = tiny.model(vocab_size=259)
   run = make_run(tmp_path / 'run', model, random_params(model))
   monkeypatch.setitem(sys.modules, 'safetensors', None)
-  with pytest.raises(
-    records.UserError, match="'safetensors' is needed .*: pip install -e '..hf"
-  ):
+  with pytest.raises(records.UserError, match="'safetensors' is needed .*: pip install -e '..hf"):
     export.write(str(run), '', str(tmp_path / 'hf'), 'float32')
 
 

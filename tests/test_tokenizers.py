@@ -267,9 +267,7 @@ def test_build_bad_input(tmp_path):
 def test_missing_package(package, monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, package, None)
   path = hugging_face(tmp_path, {'eos_token': '<|im_end|>'})
-  with pytest.raises(
-    records.UserError, match=f"'{package}' is needed .*: pip install -e '..hf"
-  ):
+  with pytest.raises(records.UserError, match=f"'{package}' is needed .*: pip install -e '..hf"):
     build('gguf' if package == 'gguf' else 'tokenizer_json', path)
 
 

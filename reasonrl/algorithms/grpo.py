@@ -91,13 +91,14 @@ class GRPO:
     return bool(self.beta) and self.kl_placement == 'reward'
 
   @property
-  def _several(self) -> bool:
+  def moves(self) -> bool:
+    """An experience serves several optimizer steps: after the first, pi is not pi_old."""
     return self.num_iterations * self.num_minibatches > 1
 
   @property
   def needs(self) -> frozenset[str]:
     """On fresh samples the first pass needs no old_logp: there old = stop_gradient(logp)."""
-    moves = self._several and self.old_policy == 'trainer'
+    moves = self.moves and self.old_policy == 'trainer'
     needs = {
       'old_logp': moves or self.importance_correction != 'none' or self.kl_in_reward,
       'ref_logp': bool(self.beta),
@@ -195,7 +196,7 @@ class GRPO:
   def prepare(self):
     """None, or the function that gives every token the log-ratio of its completion."""
     sequence = self.importance_sampling_level != 'token' or self.surrogate == 'vespo'
-    moves = self._several or self.old_policy == 'sampler' or self.importance_correction != 'none'
+    moves = self.moves or self.old_policy == 'sampler' or self.importance_correction != 'none'
     return self._sequence_log_ratio if sequence and moves else None
 
   def _sequence_log_ratio(self, logp_BM, batch: types.Batch):
