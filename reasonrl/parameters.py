@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 
 import jax
@@ -54,6 +55,12 @@ def folder_of(
   if source == 'scratch' or (source == 'previous' and not runs):
     return None
   return workdir / 'phases' / phases.kept_name(order, runs[-1]) if runs else pathlib.Path(source)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def follow(theirs, policy, alpha):
+  """theirs <- alpha policy + (1 - alpha) theirs   (TR-DPO, arXiv 2404.09656 eq. 5)."""
+  return jax.tree.map(lambda t, p: alpha * p + (1 - alpha) * t, theirs, policy)
 
 
 def init(setup: wiring.Setup, order, index: int, workdir: pathlib.Path, model: str, source: str):

@@ -47,6 +47,7 @@ class Facts(NamedTuple):
   at_reference: bool  # the policy that sampled still was the reference
   old_policy: str  # see `wiring.Phase.old_policy`
   learning: bool  # the learning rate is above 0
+  synced: bool  # the sampler was meant to have the parameters of the learner, not older ones
 
 
 class Sentinel(NamedTuple):
@@ -67,18 +68,18 @@ def checksum(params) -> jax.Array:
   return jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(params)])
 
 
-def compared(before, sampled_with: list, after) -> dict[str, float]:
+def compared(given, sampled_with: list, before, after) -> dict[str, float]:
   """Metrics from the checksums of a step, on the host.
 
   Args:
-    before: of the learner's parameters at the start of the step.
+    given: of the parameters that were meant for the sampler: the learner's, or a copy that follows.
     sampled_with: of what `tools.generate` was given, call by call; an environment may also sample
       with others, such as the average. Empty: nothing was sampled by that tool.
-    after: of the learner's parameters after the updates of the step.
+    before, after: of the learner's parameters at the start of the step and after its updates.
   """
   row = {'params/changed': float(not np.array_equal(before, after))}
   if sampled_with:
-    row['params/sampled'] = float(any(np.array_equal(before, each) for each in sampled_with))
+    row['params/sampled'] = float(any(np.array_equal(given, each) for each in sampled_with))
   return row
 
 
@@ -89,7 +90,7 @@ def _above(row: dict, name: str, limit: float) -> bool:
 
 def _mismatch(row, facts):
   name, limit = MISMATCH[facts.compute_dtype]
-  bad = _above(row, name, limit)
+  bad = facts.synced and _above(row, name, limit)
   return f'sampler and trainer log-probabilities differ: {name} {row[name]:.1e}' if bad else ''
 
 
@@ -109,7 +110,7 @@ def _kl(row, facts):
 
 def _stale(row, facts):
   bad = row.get('params/sampled') == 0
-  return 'nothing was sampled with the parameters that the learner had' if bad else ''
+  return 'nothing was sampled with the parameters that were meant for it' if bad else ''
 
 
 def _unmoved(row, facts):

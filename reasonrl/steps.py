@@ -1,8 +1,9 @@
 """The steps of a phase: where the batches of an optimizer step come from.
 
-`STEPS[kind](stage, position, frozen)` returns a function step(state, step) -> Step. The loop calls
-`describe()`, and where they are due `transcripts()`, when the updates are on their way, so that the
-device does not wait for it.
+`STEPS[kind](stage, position)` returns a function (state, read, step) -> Step; `read` has the
+parameters that the phase reads beside its own, by role ('ref', and 'sampler' where that lags).
+The loop calls `describe()`, and where they are due `transcripts()`, when the updates are on their
+way, so that the device does not wait for it.
 """
 
 from __future__ import annotations
@@ -37,15 +38,14 @@ class Step(NamedTuple):
   position: Any  # of the data, after this step
 
 
-def supervised(stage: tooling.Stage, position, frozen):
+def supervised(stage: tooling.Stage, position):
   """Packed rows of worked solutions: one optimizer step each."""
-  del frozen
   setup, section = stage.setup, stage.phase.section
   stream = data.Stream(setup.task, 'train', stage.index, section.examples_per_step, position)
   pack = functools.partial(tooling.pack, setup, section.row_length, section.rows_per_batch)
 
-  def make(state, step):
-    del state, step
+  def make(state, read, step):
+    del state, read, step
     with profiling.timed(stage.tally, 'data'):
       examples = setup.augmented(stream.next())
       seqs = [setup.supervised_sequence(example, section.row_length) for example in examples]
@@ -63,7 +63,7 @@ def supervised(stage: tooling.Stage, position, frozen):
   return make
 
 
-def reinforce(stage: tooling.Stage, position, frozen):
+def reinforce(stage: tooling.Stage, position):
   """Roll out, keep, score, assign credit: one or several optimizer steps on one experience."""
   setup, phase, tally = stage.setup, stage.phase, stage.tally
   section, algorithm = phase.section, phase.algorithm
@@ -74,9 +74,11 @@ def reinforce(stage: tooling.Stage, position, frozen):
   score = tooling.make_score(setup, phase.learner, *shape)
   tools = tooling.make_tools(stage, 'train', lambda: setup.augmented(stream.next()), score)
 
-  def make(state, step):
-    named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **frozen}
-    experience, sampled = collect(stage, tools, named, step)
+  def make(state, read, step):
+    named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **read}
+    synced = step - step % section.sampler_sync_steps
+    stale = {'params': read.get('sampler', state.params), 'version': synced * per_step}
+    experience, sampled = collect(stage, tools, named | stale, step)
     if section.shuffle_rewards:
       rng = stage.rng('shuffle', step, jax.process_index())
       shuffled_R = rng.permutation(experience.reward_R)
@@ -163,9 +165,9 @@ def describe_experience(setup: wiring.Setup, experience: types.Experience) -> di
   return row | {'timing/tokens': sharding.total(int(experience.length_B.sum()))}
 
 
-def evaluate(stage, position, frozen):
+def evaluate(stage, position):
   """A phase that only evaluates makes no steps."""
-  del stage, position, frozen
+  del stage, position
 
 
 STEPS = {'supervised': supervised, 'reinforce': reinforce, 'evaluate': evaluate}

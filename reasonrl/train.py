@@ -134,7 +134,10 @@ def run_phases(run: Run) -> int:
     return 0
 
   def abstract_state(saved):
-    return setup.phases[order[saved['index']][0]].learner.abstract()
+    phase = setup.phases[order[saved['index']][0]]
+    student = phase.learner
+    followers = dict.fromkeys(phase.followers, sharding.abstract_params(student.model, setup.mesh))
+    return {'policy': student.abstract(), 'followers': followers}
 
   newest = run.store.newest(abstract_state, screen.note)
   saved = newest[2] if newest else {'index': 0, 'best': 0.0, 'offsets': logs.START}
@@ -165,11 +168,16 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   screen.phase(name, section.kind, section.steps, start)
   screen.status('loading parameters')
   init = functools.partial(parameters.init, setup, order, index, path)
-  state = resume[1] if resume else student.init(init(section.trains, section.init))
-  frozen = {role: init(source.model, source.init) for role, source in phase.reads.items()}
+  state = resume[1]['policy'] if resume else student.init(init(section.trains, section.init))
+  read = dict(resume[1]['followers']) if resume else {}
+  for role, source in phase.reads.items():
+    if role not in read:
+      read[role] = init(source.model, source.init)
+  if 'sampler' in phase.followers and 'sampler' not in read:
+    read['sampler'] = jax.tree.map(jax.numpy.copy, state.params)  # the state itself is donated
   tally = collections.defaultdict(float)
   stage = tooling.Stage(setup, phase, (index, iteration), tally)
-  make = STEPS[section.kind](stage, position, frozen)
+  make = STEPS[section.kind](stage, position)
   pending, began, seen = None, 0.0, saved['sentinels']
   checksum = sentinels.checksum(state.params) if config.sentinels else None
   dumps, unsettled = postmortem.Dumps(path / 'nonfinite'), None
@@ -180,6 +188,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       at_reference=step == 1 and phase.starts_at_reference,
       old_policy=phase.old_policy,
       learning=section.optim.learning_rate > 0,
+      synced='sampler' not in phase.followers or (step - 1) % section.sampler_sync_steps == 0,
     )
 
   def header(kind, step):
@@ -241,7 +250,8 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
     host = {'index': index, 'step': step, 'data': position, 'evaluated': evaluated, 'best': best}
     host |= {'offsets': metrics.offsets(), 'tokenizer': setup.tokenizer.fingerprint}
     host['sentinels'] = seen
-    run.store.save(before + step, state, host)
+    followers = {role: read[role] for role in phase.followers}
+    run.store.save(before + step, {'policy': state, 'followers': followers}, host)
 
   for step in range(start, section.steps + 1):
     try:
@@ -270,7 +280,10 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       if traced:
         flush()
       with profiling.trace(path / 'profile' / name) if traced else contextlib.nullcontext():
-        made = make(state, step)
+        given = checksum  # of what the sampler should get
+        if config.sentinels and 'sampler' in read:
+          given = sentinels.checksum(read['sampler'])
+        made = make(state, read, step)
         position, evaluated, reports = made.position, False, []
         with profiling.timed(tally, 'update'):
           for u, update in enumerate(made.updates):
@@ -279,7 +292,10 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
             state, final = student.apply(state, grads, loss)
             reports.append((report, final))
             unsettled = step + 1, u, update, final
-        sums = (checksum, tally.pop('sampled_with', []))
+        for role, (every, share) in phase.followers.items():
+          if (step + 1) % every == 0:
+            read[role] = parameters.follow(read[role], state.params, share)
+        sums = (given, tally.pop('sampled_with', []), checksum)
         if config.sentinels:
           checksum = sentinels.checksum(state.params)
         flush()

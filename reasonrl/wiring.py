@@ -70,7 +70,7 @@ class Phase:
   section: Any
   env: Any
   algorithm: Any
-  reads: dict[str, Any]  # role -> model and init of the frozen parameters that it reads
+  reads: dict[str, Any]  # role -> model, init and sync of other parameters that it reads
   learner: learner.Learner
 
   @property
@@ -84,10 +84,20 @@ class Phase:
     """What the first update of a step divides by: 'itself', 'scored' or 'sampled' probabilities."""
     if self.algorithm is None or 'old_logp' in self.algorithm.needs:
       return 'scored'
-    sampled = (
-      getattr(self.algorithm, 'old_policy', None) == 'sampler'
-    )  # of those that have the choice
-    return 'sampled' if sampled else 'itself'
+    chosen = getattr(self.algorithm, 'old_policy', None)  # not every algorithm has the choice
+    return 'sampled' if chosen == 'sampler' else 'itself'
+
+  @property
+  def followers(self) -> dict[str, tuple[int, float]]:
+    """Role -> (every how many steps it follows the policy, by what share) of what it reads."""
+    out = {
+      role: (read.sync_steps, read.mixup_alpha)
+      for role, read in self.reads.items()
+      if read.sync_steps
+    }
+    if self.section.kind == 'reinforce' and self.section.sampler_sync_steps > 1:
+      out['sampler'] = (self.section.sampler_sync_steps, 1.0)
+    return out
 
 
 def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup:

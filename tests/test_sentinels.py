@@ -20,7 +20,7 @@ HEALTHY = {
   **{'completions': 100.0, 'reward_timeouts': 1.0, 'reward_errors': 0.0},
   **{'params/changed': 1.0, 'params/sampled': 1.0},
 }
-FACTS = sentinels.Facts('float32', True, 'itself', True)
+FACTS = sentinels.Facts('float32', True, 'itself', learning=True, synced=True)
 
 
 def fired(row, facts=FACTS, steps=1):
@@ -68,6 +68,7 @@ def test_what_depends_on_the_run():
   scored, sampled = (FACTS._replace(old_policy=old) for old in ('scored', 'sampled'))
   assert fired({'ratio_gap_max': 9e-5}, scored) == fired({'ratio_gap_max': 0.1}, sampled) == []
   assert fired({'ratio_gap_max': 2e-4}, scored) == ['ratio']
+  assert fired({'mismatch/max': 0.1}, FACTS._replace(synced=False)) == []
   half = half._replace(old_policy='scored')
   assert fired({'ratio_gap_max': 0.1}, half) == [] and fired({'ratio_gap': 0.03}, half) == ['ratio']
   assert fired({'params/changed': 0.0}, FACTS._replace(learning=False)) == []
@@ -92,15 +93,18 @@ def test_a_checksum_notices_one_entry():
   params = tiny.model().init(jax.random.key(0))
   before = np.asarray(sentinels.checksum(params))
   leaves, tree = jax.tree.flatten(params)
-  same = sentinels.compared(before, [], np.asarray(sentinels.checksum(params)))
+  same = sentinels.compared(before, [], before, np.asarray(sentinels.checksum(params)))
   assert same == {'params/changed': 0.0}
   for i, leaf in enumerate(leaves):
     moved = [*leaves[:i], leaf.at[(0,) * leaf.ndim].add(1e-3), *leaves[i + 1 :]]
     after = np.asarray(sentinels.checksum(jax.tree.unflatten(tree, moved)))
     assert np.flatnonzero(before != after).tolist() == [i]
-    row = sentinels.compared(before, [after], after)
+    row = sentinels.compared(before, [after], before, after)
     assert row == {'params/changed': 1.0, 'params/sampled': 0.0}
-    assert sentinels.compared(before, [after, before], after)['params/sampled'] == 1.0
+    assert sentinels.compared(before, [after, before], after, after) == {
+      'params/changed': 0.0,
+      'params/sampled': 1.0,
+    }
 
 
 # ------------------------------------------------------------------------------------ whole runs

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,3 +388,60 @@ def test_bad_input_stops_at_start_with_one_clear_line(tmp_path, pool, field, val
     train.run(config, str(tmp_path / 'run'), pool)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'run' / 'phases').exists()
+
+
+# ------------------------------------------------------------------------------------ followers
+
+
+def leaves(folder, name='rl'):
+  return jax.tree.leaves(checkpoint.load_params(folder / 'phases' / name, None))
+
+
+@pytest.mark.parametrize('stop_after', [2, 3])
+def test_a_reference_and_a_sampler_that_follow_survive_a_kill(tmp_path, pool, stop_after):
+  """They are part of the checkpoint: cut anywhere, the run ends with the same parameters."""
+  changes = {'rl__steps': 5, 'rl__sampler_sync_steps': 2, 'rl__reads__ref__sync_steps': 3}
+  changes |= {'rl__algorithm__beta': 0.1, 'checkpoint__save_every': 1}
+  assert train.run(varied(**changes), str(tmp_path / 'whole'), pool) == 0
+  cut = varied(**changes)
+  with cut.unlocked():
+    cut.rl.steps = stop_after
+  assert train.run(cut, str(tmp_path / 'cut'), pool) == 0
+  # Take the end mark away and give the run its full length, as if it had been killed there.
+  shutil.rmtree(tmp_path / 'cut' / 'phases')
+  saved = json.loads((tmp_path / 'cut' / 'config.json').read_text())
+  saved['rl']['steps'] = 5
+  (tmp_path / 'cut' / 'config.json').write_text(json.dumps(saved))
+  rows = [json.loads(line) for line in (tmp_path / 'cut' / 'metrics.jsonl').open()]
+  assert train.run(varied(**changes), str(tmp_path / 'cut'), pool) == 0
+  assert rows
+  for a, b in zip(leaves(tmp_path / 'whole'), leaves(tmp_path / 'cut'), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def varied(**changes):
+  """As `short`, with a reward that differs already among the random completions: their length."""
+  config = short(**changes)
+  with config.unlocked():
+    config.rewards = common.rewards(accuracy=1.0, soft_overlong=1.0)
+  return config
+
+
+def test_a_sampler_that_lags_is_off_policy_until_it_is_renewed(tmp_path, pool):
+  changes = {'rl__steps': 4, 'rl__sampler_sync_steps': 2, 'rl__optim__learning_rate': 0.01}
+  assert train.run(varied(**changes), str(tmp_path / 'run'), pool) == 0
+  gaps = [row['mismatch/max'] for row in rows_of(tmp_path / 'run', 'train')]
+  assert max(gaps[0], gaps[2]) < 1e-4 < 1e-2 < min(gaps[1], gaps[3])
+
+
+def test_a_reference_that_follows_by_hand(tmp_path, pool):
+  """alpha 1 every step: the reference is the policy, and the KL is 0 at every step."""
+  changes = {'rl__steps': 3, 'rl__algorithm__beta': 0.1, 'rl__optim__learning_rate': 0.01}
+  assert train.run(varied(**changes), str(tmp_path / 'fixed'), pool) == 0
+  changes |= {'rl__reads__ref__sync_steps': 1, 'rl__reads__ref__mixup_alpha': 1.0}
+  assert train.run(varied(**changes), str(tmp_path / 'follows'), pool) == 0
+  fixed, follows = (
+    [row['kl'] for row in rows_of(tmp_path / name, 'train')] for name in ('fixed', 'follows')
+  )
+  assert fixed[0] < 1e-5 and min(fixed[1:]) > 1e-3
+  assert max(follows) < 1e-5
