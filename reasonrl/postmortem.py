@@ -89,18 +89,19 @@ def find(student: learner.Learner, params, batches, denominators, tokenizer) -> 
     grads, loss, _ = student.gradients(params, [batch], denominators)
     loss, norm = float(loss), float(learner.global_norm(grads))
     rows.append({'loss': loss, 'grad_norm': norm, 'bad_tokens': int(bad_BM.sum())})
-    if token is not None:
+    if blame is not None:
       continue
     if bad_BM.any():
-      row, slot = map(int, np.argwhere(bad_BM)[0])
-      term, name = next(key for key, x in values.items() if not np.isfinite(x[row, slot]))
-      blame = (name, term, f'is {values[term, name][row, slot]:g}')
+      where = tuple(np.argwhere(bad_BM)[0])
+      term, name = next(key for key, x in values.items() if not np.isfinite(x[where]))
+      blame = (name, term, f'is {values[term, name][where]:g}')
     elif not math.isfinite(loss) or not math.isfinite(norm):
-      row, slot = _bisect(student, params, batch, denominators)
-      blame = ('gradient', '', f'of {next(iter(nonfinite(grads)), "all of it")} is not finite')
+      where = _bisect(student, params, batch, denominators)
+      leaf = next(iter(nonfinite(grads)), None)
+      blame = ('gradient', '', f'of {leaf} is not finite' if leaf else 'has a norm that overflows')
     else:
       continue
-    token = row is not None and _token(batch, values, (b, row, slot), tokenizer)
+    token = None if where is None else _token(batch, values, (b, *where), tokenizer)
   grads, loss, _ = student.gradients(params, batches, denominators)
   finite = math.isfinite(float(loss)) and math.isfinite(float(learner.global_norm(grads)))
   wrong = [k for k, d in enumerate(denominators) if not math.isfinite(d) or d == 0]
@@ -111,7 +112,7 @@ def find(student: learner.Learner, params, batches, denominators, tokenizer) -> 
     blame = ('denominator', _name(student.terms[wrong[0]]), f'is {denominators[wrong[0]]:g}')
   elif blame is None:
     blame = ('gradient', '', 'overflows, though that of every micro-batch is finite')
-  return Report(finite, None if finite else Origin(*blame, token or None), tuple(rows))
+  return Report(finite, None if finite else Origin(*blame, token), tuple(rows))
 
 
 @jax.jit
@@ -160,8 +161,8 @@ def _name(term: learner.Term) -> str:
   return getattr(term.token_loss, '__qualname__', repr(term.token_loss))
 
 
-def _token(batch: types.Batch, values, where: tuple[int, int, int], tokenizer) -> Token:
-  b, row, slot = where
+def _token(batch: types.Batch, values, where, tokenizer) -> Token:
+  b, row, slot = map(int, where)
   i = int(batch.tokens_BT[row, batch.index_BM[row, slot]])
   there = {f'{term}: {name}' if term else name: x for (term, name), x in values.items()}
   there = {name: float(x[row, slot]) for name, x in there.items()}
@@ -169,7 +170,7 @@ def _token(batch: types.Batch, values, where: tuple[int, int, int], tokenizer) -
 
 
 def _bisect(student, params, batch: types.Batch, denominators):
-  """(row, slot) of a token whose gradient is not finite with all others masked; None, None."""
+  """(row, slot) of a token whose gradient is not finite with all others masked, or None."""
 
   def bad(slots) -> bool:
     at = tuple(slots.T)
@@ -179,12 +180,11 @@ def _bisect(student, params, batch: types.Batch, denominators):
     grads, loss, _ = student.gradients(params, [masked], denominators)
     return not math.isfinite(float(loss)) or not math.isfinite(float(learner.global_norm(grads)))
 
-  found = first_bad(bad, np.argwhere(batch.aux['weight'] > 0))
-  return (None, None) if found is None else (int(found[0]), int(found[1]))
+  return first_bad(bad, np.argwhere(batch.aux['weight'] > 0))
 
 
 def first_bad(bad: Callable[[Any], bool], items):
-  """An item that is bad alone, by halving; None if nothing is bad enough alone, or nothing too."""
+  """An item that is bad alone, by halving; None if none is, or if no items at all are bad too."""
   if bad(items[:0]):
     return None
   while len(items) > 1:
@@ -203,18 +203,18 @@ class Dumps:
     self._folder = folder
     self._params = ''  # folder of the parameters of the update before, if it was skipped too
 
-  def write(self, name: str, place: dict, setup_of, params, update, skipped: int) -> str:
+  def write(self, name: str, place: dict, parts, params, update, skipped: int) -> str:
     """Keeps an update that was skipped; returns a line about it.
 
     Args:
       name: of the files, unique in the run.
       place: where the update was made, for the .json: at least 'phase'.
-      setup_of: (learner, tokenizer).
+      parts: (learner, tokenizer).
       params: the parameters that it met, and left as they were.
       update: (host micro-batches, denominators).
       skipped: how many updates in a row were skipped, with this one.
     """
-    student, tokenizer = setup_of
+    student, tokenizer = parts
     batches, denominators = update
     self._folder.mkdir(parents=True, exist_ok=True)
     if skipped == 1 or not self._params:  # else they are those of the dump before
