@@ -30,6 +30,8 @@ MISMATCH = {'float32': ('mismatch/max', 1e-4), 'bfloat16': ('mismatch/mean', 0.0
 # In bfloat16 single tokens are off by 0.15 without a bug, the mean by 0.0014 (SmolLM2-135M, CPU).
 RATIO = {'float32': ('ratio_gap_max', 1e-4), 'bfloat16': ('ratio_gap', 0.02)}
 STEP0_KL = 1e-5  # float32, before the first update: policy and reference are the same parameters
+# A smaller gradient is rounding: that of the KL of a policy to itself has a norm of 1e-9.
+GRAD_NORM = 1e-6
 # Below this share of completions that end by themselves nearly all of the batch is cut off. A young
 # policy may be there for a while, hence the patience.
 EOS_RATE = 0.05
@@ -114,7 +116,7 @@ def _stale(row, facts):
 
 
 def _unmoved(row, facts):
-  due = facts.learning and row['finite'] and row['grad_norm'] > 0
+  due = facts.learning and row['finite'] and row['grad_norm'] > GRAD_NORM
   bad = due and row.get('params/changed') == 0
   return f'no parameter changed, at gradient norm {row["grad_norm"]:.1e}' if bad else ''
 

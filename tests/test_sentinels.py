@@ -72,7 +72,7 @@ def test_what_depends_on_the_run():
   half = half._replace(old_policy='scored')
   assert fired({'ratio_gap_max': 0.1}, half) == [] and fired({'ratio_gap': 0.03}, half) == ['ratio']
   assert fired({'params/changed': 0.0}, FACTS._replace(learning=False)) == []
-  assert fired({'params/changed': 0.0, 'grad_norm': 0.0}) == []  # no advantage, no step
+  assert fired({'params/changed': 0.0, 'grad_norm': 1e-9}) == []  # no advantage, no step
   supervised = {name: HEALTHY[name] for name in ('finite', 'grad_norm', 'params/changed')}
   assert sentinels.watch({}, supervised, FACTS, 1)[0] == []
 
