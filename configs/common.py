@@ -19,6 +19,7 @@ def base(name: str) -> ConfigDict:
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},  # one size may be -1: all devices left
       'models': {},  # name -> model(...)
       'loss_chunk': 512,  # scored tokens whose logits exist at a time
+      'sentinels': True,  # look for broken runs in every step; see reasonrl/sentinels.py
       'max_skipped': 5,  # consecutive steps that are not finite before the run stops
       'rewarding': {'workers': 2, 'timeout_s': 10.0},  # processes; wall seconds per completion
       # s: SIGTERM to exit at the latest; keep_every 0: only the newest are kept

@@ -54,6 +54,19 @@ def check_overrides(argv: list[str], given: str) -> None:
       node, parents = node[key], [*parents, key]
 
 
+def with_saved_config(argv: list[str], flag: str, workdir_of) -> list[str]:
+  """argv with the config of a run, if --<flag> names one and there is no --config.
+
+  workdir_of: value of the flag -> the folder of the run.
+  """
+  at = [i for i, arg in enumerate(argv) if re.match(rf'--?{flag}(=|$)', arg)]
+  if not at or any(re.match(r'--?config(=|$)', arg) for arg in argv):
+    return argv
+  _, equals, value = argv[at[-1]].partition('=')
+  value = value if equals else ''.join(argv[at[-1] + 1 : at[-1] + 2])
+  return [argv[0], f'--config=configs/saved.py:{workdir_of(value)}', *argv[1:]]
+
+
 def parse(argv: list[str]) -> list[str]:
   """absl's flag parser, after the config was found and the names of its overrides checked."""
   at = next((i for i, flag in enumerate(argv) if re.match(r'--?config(=|$)', flag)), None)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import re
 import time
 
 import ml_collections
@@ -39,12 +38,7 @@ LENGTHS = (
 
 def parse(argv: list[str]) -> list[str]:
   """main's command line; a run's own config stands in for --config."""
-  at = [i for i, arg in enumerate(argv) if re.match(r'--?workdir(=|$)', arg)]
-  if at and not any(re.match(r'--?config(=|$)', arg) for arg in argv):
-    _, equals, workdir = argv[at[-1]].partition('=')
-    workdir = workdir if equals else ''.join(argv[at[-1] + 1 : at[-1] + 2])
-    argv = [argv[0], f'--config=configs/saved.py:{workdir}', *argv[1:]]
-  return command_line.parse(argv)
+  return command_line.parse(command_line.with_saved_config(argv, 'workdir', str))
 
 
 def source(workdir: str, phase: str) -> pathlib.Path:

@@ -6,7 +6,11 @@ What needs JAX is imported inside the functions.
 import glob
 import importlib.util
 import os
+import pathlib
+import re
+import time
 
+import rich.console
 from absl import flags
 from ml_collections import config_flags
 
@@ -28,6 +32,14 @@ _PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes the
 _PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 
 
+def choose_platform() -> None:
+  """The CPU, where libtpu is installed without a TPU; before JAX is imported."""
+  devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
+  if 'JAX_PLATFORMS' not in os.environ and importlib.util.find_spec('libtpu') and not devices:
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu would look for a TPU, loudly
+    print('no accelerator found: running on the CPU', flush=True)
+
+
 def start(config, workdir: str, flag: str) -> int:
   """Starts the reward workers, then JAX; runs the config in `workdir`. Returns the exit code.
 
@@ -40,10 +52,7 @@ def start(config, workdir: str, flag: str) -> int:
       f'{by_hand}'
     )
   print(f'workdir: {workdir}', flush=True)
-  devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*') + glob.glob('/dev/nvidia*')
-  if 'JAX_PLATFORMS' not in os.environ and importlib.util.find_spec('libtpu') and not devices:
-    os.environ['JAX_PLATFORMS'] = 'cpu'  # libtpu would look for a TPU, loudly
-    print('no accelerator found: running on the CPU', flush=True)
+  choose_platform()
 
   from reasonrl import rewarding
 
@@ -63,6 +72,13 @@ def start(config, workdir: str, flag: str) -> int:
     if jax.process_index() == 0:
       report.write(workdir)
   return code
+
+
+def new_workdir(config_file: str) -> str:
+  """'configs/r1_zero.py:debug' -> 'runs/r1_zero-debug-20260131-235959'."""
+  path, _, arg = config_file.partition(':')
+  name = '-'.join([pathlib.Path(path).stem, *re.findall(r'[\w.=]+', arg)])
+  return f'runs/{name}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
 def from_peers(config, given: dict[str, str]):
@@ -88,6 +104,7 @@ def from_peers(config, given: dict[str, str]):
 
 def explain(config) -> int:
   """Prints the objective of every phase that reinforces."""
+  choose_platform()
   from reasonrl import objective, phases, tables, train
 
   built = {}
@@ -100,3 +117,11 @@ def explain(config) -> int:
       built[name][0].check(built[name][1].num_generations, tuple(config.rewards))
   print(objective.explain(config, built))
   return 0
+
+
+def replay(config, dump: str) -> int:
+  """Recomputes a dumped update: see `replay`."""
+  choose_platform()
+  from reasonrl import replay
+
+  return replay.run(config, dump, rich.console.Console(highlight=False))

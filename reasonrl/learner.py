@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -94,22 +93,32 @@ class Learner:
     Returns:
       the new state, and reports (device values; see `reduce_reports`).
     """
+    grads, loss, reports = self.gradients(state.params, batches, denominators)
+    state, final = self.apply(state, grads, loss)
+    return state, (reports, final)
+
+  def gradients(self, params, batches: list[types.Batch], denominators):
+    """The first half of `update`: gradients, loss, and the reports of the micro-batches."""
     replicated = sharding.replicated(self.mesh)
     denominators = jax.device_put(tuple(np.float32(d) for d in denominators), replicated)
     reports = []
     with jax.transfer_guard('disallow'):  # whatever crosses to the device is put there on purpose
-      grads = self._zeros(state.params)
+      grads = self._zeros(params)
       for batch in batches:
-        batch = sharding.put_rows(batch, self.mesh)
-        for term in self.terms:
-          if term.prepare is not None:
-            batch = self._prepared(term.prepare, state.params, batch)
-        grads, report = self.accumulate(state.params, grads, batch, denominators)
+        batch = self.put(params, batch)
+        grads, report = self.accumulate(params, grads, batch, denominators)
         reports.append(report)
       # Summed here: a list would compile `apply` anew for every number of micro-batches.
       loss = functools.reduce(jnp.add, [report['loss'] for report in reports])
-      state, final = self.apply(state, grads, loss)
-    return state, (reports, final)
+    return grads, loss, reports
+
+  def put(self, params, batch: types.Batch) -> types.Batch:
+    """A host micro-batch on the device, with what the terms prepare."""
+    batch = sharding.put_rows(batch, self.mesh)
+    for term in self.terms:
+      if term.prepare is not None:
+        batch = self._prepared(term.prepare, params, batch)
+    return batch
 
   @functools.partial(jax.jit, static_argnums=0)
   def _zeros(self, params):
@@ -130,7 +139,7 @@ class Learner:
           targets_M,
           kept_MK,
           aux,
-          functools.partial(_weighted, term.token_loss),
+          functools.partial(weighted, term.token_loss),
           self.form,
           self.loss_chunk,
           self.mesh,
@@ -150,8 +159,7 @@ class Learner:
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def apply(self, state: types.TrainState, grads, loss):
     """Updates the state, or leaves it as it is if the loss or the gradient norm is not finite."""
-    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
-    grad_norm = jnp.sqrt(sum(squares))
+    grad_norm = global_norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -206,10 +214,19 @@ class Learner:
     return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(tree, rules, self.mesh))
 
 
-def _weighted(token_loss, logp, entropy, aux):
+def global_norm(tree) -> jax.Array:
+  """The norm of all leaves together, float32."""
+  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(squares))
+
+
+def weighted(token_loss, logp, entropy, aux):
   """Weight x token loss, exactly 0 where the weight is 0; and the metrics every term reports."""
   loss, metrics = token_loss(Out(logp, entropy), aux)
   metrics = {**metrics, 'entropy': entropy}
+  if 'ratio_max' in metrics:  # before it is reduced: the ratio of each token
+    gap = jnp.abs(metrics['ratio_max'] - 1.0)
+    metrics |= {'ratio_gap': gap, 'ratio_gap_max': gap}
   if 'sampler_logp' in aux:
     metrics['mismatch'] = jnp.where(aux['weight'] > 0, jnp.abs(logp - aux['sampler_logp']), -1.0)
   return jnp.where(aux['weight'] > 0, aux['weight'] * loss, 0.0), metrics
@@ -237,14 +254,14 @@ def reduce_reports(reports_and_final) -> dict[str, float]:
 
 
 def merge_reports(reports: list[dict]) -> dict:
-  """One row from the reports of a step's updates: means, maxima; of the first, mismatch and KL.
+  """One row from the reports of a step's updates: means, maxima; mismatch, KL, gap of the first.
 
   Only the first update meets the parameters that sampled.
   """
   out = {}
   for name in reports[0]:
     values = [report[name] for report in reports]
-    if name.startswith('mismatch') or name == 'kl':
+    if name.startswith(('mismatch', 'ratio_gap')) or name == 'kl':
       out[name] = values[0]
     elif name == 'tokens':
       out[name] = sum(values)
@@ -255,15 +272,3 @@ def merge_reports(reports: list[dict]) -> dict:
     else:
       out[name] = sum(values) / len(values)
   return out
-
-
-def save_batches(path: pathlib.Path, updates) -> None:
-  """Keeps the micro-batches of a step that was not finite, for replay: one .npz of named arrays."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  arrays = {}
-  for u, (batches, denominators) in enumerate(updates):
-    arrays[f'{u}/denominators'] = np.asarray(denominators)
-    for b, batch in enumerate(batches):
-      for key_path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        arrays[f'{u}/{b}/{sharding.path_of(key_path)}'] = np.asarray(leaf)
-  np.savez_compressed(path, **arrays)

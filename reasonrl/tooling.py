@@ -11,7 +11,17 @@ import dataclasses
 import jax
 import numpy as np
 
-from reasonrl import learner, packing, profiling, rollouts, sampling, sharding, types, wiring
+from reasonrl import (
+  learner,
+  packing,
+  profiling,
+  rollouts,
+  sampling,
+  sentinels,
+  sharding,
+  types,
+  wiring,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +50,8 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
   A reward either judges completions one by one or by group, in the pool of processes, or has
   `batch(tools, state, experience) -> types.BatchScore`, which runs here and may use the models.
 
-  The stage's tally collects the seconds spent in each tool and the rewards that failed.
+  The stage's tally collects the seconds spent in each tool, the completions that were judged in the
+  pool and the rewards that failed; in training also checksums of what was sampled with.
 
   Args:
     stage: the phase under way.
@@ -52,6 +63,8 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
   sampler = setup.samplers[stage.phase.section.trains]
 
   def generate(params, requests, spec, slots):
+    if purpose == 'train' and setup.config.sentinels:
+      tally.setdefault('sampled_with', []).append(sentinels.checksum(params))
     with profiling.timed(tally, 'sample'):
       return sampler.generate(params, requests, spec, slots, setup.poll)
 
@@ -69,6 +82,7 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
     if host:
       groups = experience.group_R.tolist()
       out = setup.pool.score(host, experience.examples, experience.completions, groups)
+      tally['completions'] += len(experience.completions)
       dense = out.token_values and rollouts.token_rewards(experience, out.token_values)
       found.append(types.BatchScore(out.value, out.parts, dense))
       count_failures(tally, out)

@@ -33,6 +33,7 @@ from reasonrl import (
   objective,
   parameters,
   phases,
+  postmortem,
   preemption,
   profiling,
   records,
@@ -55,10 +56,11 @@ TABLES = {
   'algorithm': ALGORITHMS,
   'model': MODELS,
 }
-FAILURES = ('reward_timeouts', 'reward_errors')  # counted by the reward tool
+FAILURES = ('reward_timeouts', 'reward_errors')
+COUNTS = (*FAILURES, 'completions')  # by the reward tool
 # Fields in which a resumed run may differ from the run it continues: they change no result, the
 # mesh beyond rounding.
-MAY_DIFFER = ('mesh', 'rewarding', 'log', 'checkpoint', 'compilation_cache')
+MAY_DIFFER = ('mesh', 'rewarding', 'log', 'sentinels', 'checkpoint', 'compilation_cache')
 
 
 def run(config, workdir: str, pool, flag: str = '--workdir') -> int:
@@ -162,7 +164,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   phase = setup.phases[name]
   section, student = phase.section, phase.learner
   before = sum(config[n].steps for n, _ in order[:index])  # steps of the run before this phase
-  saved = resume[2] if resume else {'step': 0, 'data': 0, 'evaluated': False}
+  saved = resume[2] if resume else {'step': 0, 'data': 0, 'evaluated': False, 'sentinels': {}}
   start, position, evaluated = saved['step'], saved['data'], saved['evaluated']
 
   # ---- this phase's learner, state and data
@@ -179,7 +181,18 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   tally = collections.defaultdict(float)
   stage = tooling.Stage(setup, phase, (index, iteration), tally)
   make = STEPS[section.kind](stage, position)
-  pending, began = None, 0.0
+  pending, began, seen = None, 0.0, saved['sentinels']
+  checksum = sentinels.checksum(state.params) if config.sentinels else None
+  dumps, unsettled = postmortem.Dumps(path / 'nonfinite'), None
+
+  def facts(step):
+    return sentinels.Facts(
+      compute_dtype=student.model.compute_dtype,
+      at_reference=step == 1 and phase.starts_at_reference,
+      old_policy=phase.old_policy,
+      learning=section.optim.learning_rate > 0,
+      synced='sampler' not in phase.followers or (step - 1) % section.sampler_sync_steps == 0,
+    )
 
   def header(kind, step):
     where = {'step': before + step, 'phase': name, 'iteration': iteration}
@@ -189,42 +202,57 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
     """Empties the tally: this process's times, and the failed rewards of all."""
     every = sharding.gather(dict(tally))
     row = {key: value for key, value in tally.items() if key.startswith('timing/')}
-    row |= {key: sum(t.get(key, 0) for t in every) for key in FAILURES if key in tally}
+    row |= {key: sum(t.get(key, 0) for t in every) for key in COUNTS if key in tally}
     for failure in [t['failure'] for t in every if 'failure' in t][:1]:
       screen.note(f'step {step}: a reward failed and counted 0: {failure}')
     tally.clear()
     return row
 
+  def examine():
+    """Dumps the last update if it was skipped, while the state still has what it met."""
+    nonlocal unsettled
+    if unsettled is None:
+      return
+    (step, u, update, final), unsettled = unsettled, None
+    final = sharding.fetch(final)
+    if not final['finite']:
+      place = {**header('train', step), 'update': u}
+      dump, parts = f'{phases.kept_name(order, index)}-{step}-{u}', (student, setup.tokenizer)
+      said = dumps.write(dump, place, parts, state.params, update, int(final['skipped']))
+      screen.note(f'step {step}: {said}')
+
   def flush():
     """Fetches and writes what the last dispatched step reported."""
-    nonlocal pending
+    nonlocal pending, seen
     if pending is None:
       return
-    (step, row, reports, updates, samples), pending = pending, None
+    if unsettled is not None and unsettled[0] == pending[0]:
+      examine()
+    (step, row, reports, sums, samples), pending = pending, None
     with profiling.timed(row, 'wait'):
       row |= learner.merge_reports([learner.reduce_reports(report) for report in reports])
     row.setdefault('timing/step_s', time.monotonic() - began)  # it was flushed in its own iteration
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
+    warnings = []
+    if config.sentinels:
+      row |= sentinels.compared(*sharding.fetch(sums))
+      fired, warnings, seen = sentinels.watch(seen, row, facts(step), step)
+      row |= {'sentinels': fired} if fired else {}
     metrics.write(header('train', step) | row)
     screen.step(step, row)
-    at_reference = step == 1 and phase.starts_at_reference
-    if 'sampler' in phase.followers and (step - 1) % section.sampler_sync_steps:
-      row = {name: value for name, value in row.items() if not name.startswith('mismatch')}
-    for warning in sentinels.warnings(row, at_reference, student.model.compute_dtype):
-      screen.note(f'step {step}: {warning}')
+    for warning in warnings:
+      screen.note(warning)
     if samples:
       metrics.rollouts({**header('train', step), **sample} for sample in samples)
       screen.transcripts(samples)
-    if not row['finite']:
-      where = f'{name}-{step}-{jax.process_index()}.npz'
-      learner.save_batches(path / 'nonfinite' / where, updates)
-      if row['skipped'] >= config.max_skipped:
-        raise RuntimeError(f'{row["skipped"]:.0f} steps in a row were not finite: see {path}')
+    if row['skipped'] >= config.max_skipped:
+      raise RuntimeError(f'{row["skipped"]:.0f} steps in a row were not finite: see {path}')
 
   def save(step):
     flush()
     host = {'index': index, 'step': step, 'data': position, 'evaluated': evaluated, 'best': best}
     host |= {'offsets': metrics.offsets(), 'tokenizer': setup.tokenizer.fingerprint}
+    host['sentinels'] = seen
     followers = {role: read[role] for role in phase.followers}
     run.store.save(before + step, {'policy': state, 'followers': followers}, host)
 
@@ -255,21 +283,30 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       if traced:
         flush()
       with profiling.trace(path / 'profile' / name) if traced else contextlib.nullcontext():
+        given = checksum  # of what the sampler should get
+        if config.sentinels and 'sampler' in read:
+          given = sentinels.checksum(read['sampler'])
         made = make(state, read, step)
         position, evaluated, reports = made.position, False, []
         with profiling.timed(tally, 'update'):
-          for batches, denominators in made.updates:
-            state, report = student.update(state, batches, denominators)
-            reports.append(report)
+          for u, update in enumerate(made.updates):
+            grads, loss, report = student.gradients(state.params, *update)
+            examine()  # the update before is done by now, while this one's gradients are under way
+            state, final = student.apply(state, grads, loss)
+            reports.append((report, final))
+            unsettled = step + 1, u, update, final
         for role, (every, share) in phase.followers.items():
           if (step + 1) % every == 0:
             read[role] = parameters.follow(read[role], state.params, share)
+        sums = (given, tally.pop('sampled_with', []), checksum)
+        if config.sentinels:
+          checksum = sentinels.checksum(state.params)
         flush()
         with profiling.timed(tally, 'describe'):
           row = made.describe()
           shown = step == 0 or (step + 1) % config.log.transcripts_every == 0
           samples = made.transcripts() if shown else []
-        pending = (step + 1, row | settle(step + 1), reports, made.updates, samples)
+        pending = (step + 1, row | settle(step + 1), reports, (*sums, checksum), samples)
         if traced:
           flush()
     except preemption.Stopped:

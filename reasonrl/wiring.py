@@ -80,6 +80,14 @@ class Phase:
     return ref is not None and (ref.model, ref.init) == (self.section.trains, self.section.init)
 
   @property
+  def old_policy(self) -> str:
+    """What the first update of a step divides by: 'itself', 'scored' or 'sampled' probabilities."""
+    if self.algorithm is None or 'old_logp' in self.algorithm.needs:
+      return 'scored'
+    chosen = getattr(self.algorithm, 'old_policy', None)  # not every algorithm has the choice
+    return 'sampled' if chosen == 'sampler' else 'itself'
+
+  @property
   def followers(self) -> dict[str, tuple[int, float]]:
     """Role -> (every how many steps it follows the policy, by what share) of what it reads."""
     out = {

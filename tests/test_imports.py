@@ -40,9 +40,12 @@ LAYERS = (
   ),
   (
     *('train', 'steps', 'held_out', 'sentinels', 'tooling', 'parameters', 'checks', 'wiring'),
-    *('objective', 'peers', 'phases', 'tables'),
+    *('objective', 'peers', 'phases', 'tables', 'postmortem'),
   ),
-  (*('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'experiments'),),
+  (
+    *('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'replay'),
+    'experiments',
+  ),
 )
 LIBRARY = tuple(unit for layer in LAYERS[1:4] for unit in layer)
 SHARED = (*LAYERS[1], 'prompts', 'optim')  # what layers 1 and 2 share with everybody above
