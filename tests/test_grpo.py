@@ -177,7 +177,7 @@ STOPS = [1, 2, 1, 1, 2, 1]
 @functools.partial(jax.jit, static_argnums=(0,))
 def fused(grpo, hidden, head, targets, aux):
   """sum over tokens of weight x loss, metrics and gradient, as the learner computes them."""
-  fn = functools.partial(learner._weighted, grpo.token_loss)
+  fn = functools.partial(learner.weighted, grpo.token_loss)
 
   def loss(hidden):
     return policy_loss.token_loss(hidden, head, jnp.zeros(VOCAB), targets, aux, fn, FORM, 7)

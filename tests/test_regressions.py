@@ -463,7 +463,7 @@ def test_bug_28_correction_ignored_by_the_fused_loss(correction):
   aux = {name: jnp.asarray(x[at]) for name, x in (aux | experience.scores).items()}
   hidden = PARAMS['table'][experience.tokens_BT[at[0], at[1] - 1]]
   rest = PARAMS['head'], jnp.zeros(VOCAB), jnp.asarray(experience.tokens_BT[at]), aux
-  fn, form = functools.partial(learner._weighted, grpo.token_loss), (1.0, None, 1.0, jnp.float32)
+  fn, form = functools.partial(learner.weighted, grpo.token_loss), (1.0, None, 1.0, jnp.float32)
 
   def value_and_grad(op, *static):
     return jax.value_and_grad(lambda h: op(h, *rest, fn, form, *static)[0])(hidden)

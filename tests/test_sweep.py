@@ -139,7 +139,7 @@ def get_config(arg=''):
   'reasonrl/train.py': """
 import json, os, pathlib, signal, sys, time
 from reasonrl import records
-def run(config, workdir, pool):
+def run(config, workdir, pool, flag):
   path = pathlib.Path(workdir)
   again = path.is_dir()
   path.mkdir(exist_ok=True)
