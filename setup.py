@@ -33,6 +33,7 @@ setuptools.setup(
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.4',
+    'pyyaml>=6',
     'rich>=13.7',
     'sentencepiece>=0.2',
     'tensorstore>=0.1.84',
@@ -42,7 +43,6 @@ setuptools.setup(
     'cuda': ['jax[cuda12]>=0.7.2'],  # runs on older drivers than cuda13 does
     'hf': ['tokenizers>=0.22', 'gguf>=0.19', 'safetensors>=0.5'],
     'gym': ['reasoning-gym>=0.1.25'],
-    'math': ['math-verify>=0.9'],
     'sweep': ['optuna>=4'],
     'test': [
       'gguf>=0.19',
@@ -50,6 +50,7 @@ setuptools.setup(
       'optuna>=4',
       'pytest>=8',
       'pytest-timeout>=2.3',
+      'pytest-xdist>=3.6',
       'ruff>=0.9',
       'safetensors>=0.5',
       'setuptools>=70.1',  # the wheel test builds one without the network

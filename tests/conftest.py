@@ -7,7 +7,10 @@ the environment wins.
 
 import os
 import pathlib
+import sys
 import tempfile
+
+import pytest
 
 _DEFAULTS = {
   'JAX_PLATFORMS': 'cpu',
@@ -22,3 +25,11 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
   ).strip()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """A process may map only so much memory in pieces, and every compiled program is some of them."""
+  yield
+  if 'jax' in sys.modules:
+    sys.modules['jax'].clear_caches()
