@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from reasonrl import checkpoint, records, rewarding, train, types
+from reasonrl import checkpoint, logs, records, rewarding, train, types
 from reasonrl.algorithms import grpo
 from reasonrl.configs import common, r1_zero
 
@@ -268,7 +268,7 @@ def until(process, condition, seconds=120):
 
 def lines(workdir):
   path = workdir / 'metrics.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  return logs.read_rows(path)  # a line may be under way
 
 
 def in_phase(workdir, phase, step):
