@@ -423,6 +423,15 @@ ALGORITHM_PRESETS = {  # preset -> what it changes of `algorithm('grpo')`
   },
   # arXiv 2506.13585; the cap (absolute) is that of ScaleRL, arXiv 2510.13786
   'cispo': {'surrogate': 'cispo', 'cispo_ratio_max': 5.0},
+  # arXiv 2510.13786: CISPO, batch std, mean over prompts, no groups of equal rewards; it also has
+  # the head in float32
+  'scalerl': {
+    'surrogate': 'cispo',
+    'cispo_ratio_max': 5.0,
+    'scale_rewards': 'batch',
+    'loss_agg': 'prompt_mean',
+    'zero_variance': 'drop',
+  },
   # arXiv 2511.20347
   'sapo': {'surrogate': 'sapo', 'loss_agg': 'seq_mean_token_mean'},
   # arXiv 2602.10693
