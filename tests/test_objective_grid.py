@@ -1,6 +1,6 @@
 """The whole GRPO family against the float64 oracle: value and gradient, over a grid of its axes.
 
-The default suite has every pair of values once, and every preset; all of it (428 cases) is
+The default suite has every pair of values once, and every preset; all of it (432 cases) is
 
     python -m pytest -m grid
 
