@@ -211,7 +211,8 @@ def nearest(cfg, env, section) -> dict[str, Any]:
   out['loss_type'] = kinds[0] if kinds else '(none)'
   out['epsilon_high'] = cfg.cispo_ratio_max if cfg.surrogate == 'cispo' else cfg.epsilon_high
   out['scale_rewards'] = cfg.scale_rewards if cfg.baseline == 'group_mean' else '(none)'
-  out['use_bias_correction_kl'] = cfg.kl_estimator == 'ratio_k3' and bool(cfg.beta)
+  if cfg.beta:
+    out['use_bias_correction_kl'] = cfg.kl_estimator == 'ratio_k3'
   out['entropy_coef'] = cfg.entropy_coef
   if cfg.importance_correction != 'none':
     out |= {'use_vllm': True, 'vllm_importance_sampling_mode': cfg.importance_correction}
