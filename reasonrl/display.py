@@ -198,7 +198,7 @@ class Display:
     """A held-out evaluation is done."""
     self.status(None)
     text = rich.text.Text(f'held-out accuracy {title}'.rstrip(), 'bold')
-    narrow = self._live and self._console.width < 100
+    narrow = self._live and self._console.width < 110
     text.append('\n  ' if narrow else '  ')
     self._print(text.append_text(_values(metrics, EVAL_COLUMNS)))
 
