@@ -171,8 +171,11 @@ def test_a_run_that_cannot_poll_leaves_after_the_grace_and_at_once_on_a_second_c
   )
   for arguments, code in ((('0.3', '15'), 143), (('60', '2', '2'), 130)):
     start = time.monotonic()
-    done = subprocess.run([sys.executable, '-c', program, *arguments], timeout=50)
+    program_of = [sys.executable, '-c', program, *arguments]
+    done = subprocess.run(program_of, timeout=50, capture_output=True, text=True)
     assert done.returncode == code and time.monotonic() - start < 40
+    assert 'left at once, not saved' in done.stderr  # a person learns what was lost
+    assert ('stopping after this step' in done.stderr) == ('2' in arguments)
 
 
 @pytest.mark.parametrize(

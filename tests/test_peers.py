@@ -142,3 +142,28 @@ def test_bad_files(tmp_path, content, said):
     peers.read('trl', str(tmp_path / 'x.yaml'))
   with pytest.raises(records.UserError, match="loss_type='ppo' is not one of grpo"):
     trl.read({'loss_type': 'ppo'})
+
+
+def test_what_only_comes_near_says_in_what_it_differs():
+  lines = trl.read({'loss_type': 'grpo', 'mask_truncated_completions': True})
+  assert status(lines, 'loss_type') == 'approximate'  # TRL counts the rows that are masked whole
+  assert status(trl.read({'loss_type': 'grpo'}), 'loss_type') == 'exact'
+  lines = trl.read({'steps_per_generation': 4, 'gradient_accumulation_steps': 2})
+  assert status(lines, 'steps_per_generation') == 'approximate'  # whose tokens divide
+  assert status(trl.read({'top_p': 0.9}), 'top_p') == 'approximate'
+
+
+def test_cispo_of_verl_has_bounds_around_one():
+  given = {'actor_rollout_ref': {'actor': {'policy_loss': {'loss_mode': 'cispo'}}}}
+  given['actor_rollout_ref']['actor']['clip_ratio_high'] = 0.3
+  given['algorithm'] = {'adv_estimator': 'grpo'}
+  a = apply(verl.read(given)).rl.algorithm
+  assert (a.surrogate, a.cispo_ratio_min, a.cispo_ratio_max) == ('cispo', 0.8, 1.3)
+
+
+def test_kl_of_verl_is_in_the_reward_or_in_the_loss():
+  given = {'algorithm': {'adv_estimator': 'grpo', 'use_kl_in_reward': True}}
+  a = apply(verl.read(given)).rl.algorithm
+  assert (a.kl_placement, a.kl_estimator, a.beta) == ('reward', 'k1', 0.001)
+  given['actor_rollout_ref'] = {'actor': {'use_kl_loss': True}}
+  assert status(verl.read(given), 'actor_rollout_ref.actor.use_kl_loss') == 'unsupported'
