@@ -71,6 +71,11 @@ def test_needs_only_the_scores_it_uses(changes, needs):
     ({'scale_rewards': 'std'}, 4, "scale_rewards='std' is not one of .*'group'"),
     ({'std_ddof': 2}, 4, r'std_ddof=2 is not one of \(0, 1\)'),
     ({'loss_agg': 'mean'}, 4, "loss_agg='mean' is not one of .*'token_mean'"),
+    ({'importance_min': 4.0}, 4, 'importance_min=4.0 is above importance_max=3.0'),
+    (
+      {'cispo_ratio_min': 2.0, 'cispo_ratio_max': 1.0},
+      *(4, 'cispo_ratio_min=2.0 is above cispo_ratio_max=1.0'),
+    ),
     ({'num_iterations': 0}, 4, 'num_iterations=0 must be at least 1'),
     ({'num_minibatches': 0}, 4, 'num_minibatches=0 must be at least 1'),
     ({'importance_max': 0.0}, 4, 'importance_max=0.0 must be above 0'),

@@ -116,6 +116,15 @@ def refusals(cfg) -> list[tuple[bool, str]]:
       "old_policy='sampler' has the sampler in the ratio already: importance_correction='none'",
     ),
     (
+      cfg.importance_min is not None and cfg.importance_min > cfg.importance_max,
+      f'importance_min={cfg.importance_min} is above importance_max={cfg.importance_max}',
+    ),
+    (
+      None not in (cfg.cispo_ratio_min, cfg.cispo_ratio_max)
+      and cfg.cispo_ratio_min > cfg.cispo_ratio_max,
+      f'cispo_ratio_min={cfg.cispo_ratio_min} is above cispo_ratio_max={cfg.cispo_ratio_max}',
+    ),
+    (
       cfg.dual_clip is not None and cfg.dual_clip <= 1,
       f'dual_clip={cfg.dual_clip} must be above 1',
     ),
