@@ -182,6 +182,7 @@ def addition() -> ConfigDict:
       'seed': 0,
       'min_digits': 1,  # STaR trains on 1 to 5 and holds out 6 to 10
       'max_digits': 5,
+      'hint': 'none',  # of the problems | 'shown' | 'pseudo': random digits, for a control
     }
   )
 
@@ -211,6 +212,11 @@ def mixture(**members: tuple[float, ConfigDict]) -> ConfigDict:
   """
   sections = {name: {'weight': w, 'task': task} for name, (w, task) in members.items()}
   return ConfigDict({'name': 'mixture', 'members': sections})
+
+
+def subset(task: ConfigDict, size: int) -> ConfigDict:
+  """The first `size` training examples of a task, over and over."""
+  return ConfigDict({'name': 'subset', 'task': task, 'size': size})
 
 
 def reasoning_gym(dataset: str) -> ConfigDict:
@@ -275,7 +281,11 @@ def supervised(learning_rate: float) -> ConfigDict:
       'kind': 'supervised',
       'trains': 'policy',
       'init': 'previous',  # 'previous' | 'scratch' | the name of an earlier phase | a path
+      'task': {},  # where its examples come from; {} = config.task
       'steps': 100,
+      # in iteration n = 0, 1, ... of a loop: int(steps growth^n) + added n; STaR 40 and 1.2
+      'steps_growth': 1.0,
+      'steps_added': 0,
       'loss': 'nll',
       'examples_per_step': 128,
       'row_length': 128,  # tokens of a packed row
@@ -295,6 +305,7 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       'init': 'previous',
       # role -> model and source of its frozen parameters; loaded where the algorithm needs the role
       'reads': {'ref': reads()},
+      'task': {},  # where its problems come from; {} = config.task
       'steps': 100,
       'prompts_per_step': 32,  # R1-Zero: 32 (arXiv 2501.12948, sec. 2.2)
       'env': single_turn(),
@@ -319,6 +330,58 @@ def reads() -> ConfigDict:
       'init': 'previous',
       'sync_steps': 0,  # steps between syncs, 0 = never; TRL 512
       'mixup_alpha': 0.6,  # ref <- alpha policy + (1 - alpha) ref; TRL
+    }
+  )
+
+
+COLLECT_PRESETS = {  # preset -> what it changes of `collect('star')`: of the section, of its env
+  # arXiv 2203.14465: greedy, and for problems it fails again with the answer as a hint
+  'star': ({}, {}),
+  # arXiv 2308.01825: rejection sampling, 100 samples at temperature .7
+  'rft': ({'p_rationalization': 0.0}, {'num_generations': 100, 'temperature': 0.7}),
+  # arXiv 2312.06585: 32 samples at .7 among the 40 likeliest tokens, at most 10 kept of a problem
+  'rest_em': (
+    {'p_rationalization': 0.0, 'max_per_problem': 10},
+    {'num_generations': 32, 'temperature': 0.7, 'top_k': 40},
+  ),
+  # Expert iteration: samples of the policy as it is
+  'expert_iteration': (
+    {'p_rationalization': 0.0},
+    {'num_generations': 4, 'temperature': 1.0},
+  ),
+}
+
+
+def collect(preset: str) -> ConfigDict:
+  """Sample, keep what is right, write it to a dataset that `collected` reads."""
+  section = {
+    'kind': 'collect',
+    'trains': 'policy',  # what samples; it does not change
+    'init': 'previous',
+    'task': {},  # where its problems come from; {} = config.task
+    'steps': 20,
+    'prompts_per_step': 512,  # STaR: 10,000 problems in all
+    'env': single_turn(),
+    # of showing the hint where no sample was right, and of storing the problem with it; STaR 1, 0
+    'p_rationalization': 1.0,
+    'p_show_hint_save': 0.0,
+    'max_per_problem': 0,  # rows kept of a problem; 0 = all that differ
+    'eval_every': 0,
+  }
+  greedy = {'num_generations': 1, 'temperature': 0.0, 'max_kept_tokens': 0, 'slots': 512}
+  of_section, of_env = COLLECT_PRESETS[preset]
+  section['env'].update({**greedy, **of_env})
+  return ConfigDict({**section, **of_section})
+
+
+def collected(phase: str) -> ConfigDict:
+  """What the latest run of a collect phase kept."""
+  return ConfigDict(
+    {
+      'name': 'collected',
+      'phase': phase,
+      'seed': 0,  # of the order
+      'balance': '',  # a field of meta whose values are seen equally often, such as 'digits'
     }
   )
 
@@ -356,6 +419,7 @@ def evaluation() -> ConfigDict:
     {
       'num_examples': 1024,
       'correct': 'accuracy',  # the reward that means 'right'
+      'by': '',  # a field of meta by which accuracy is reported too, such as 'digits'
       'env': single_turn(),
     }
   )

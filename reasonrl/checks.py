@@ -5,6 +5,7 @@ Each function raises UserError with one line that names the field, its value and
 
 from __future__ import annotations
 
+import functools
 import pathlib
 
 import jax
@@ -17,7 +18,7 @@ LEAST = {
   **dict.fromkeys(('rows_per_batch', 'max_completion_length', 'num_generations'), 1),
   **dict.fromkeys(('max_generation_batches', 'corpus_examples', 'max_skipped', 'loss_chunk'), 1),
   'sampler_sync_steps': 1,
-  'sync_steps': 0,
+  **dict.fromkeys(('sync_steps', 'steps_added', 'max_per_problem'), 0),
   **dict.fromkeys(('save_every', 'keep_last', 'every', 'transcripts_every'), 1),
   **dict.fromkeys(('seed', 'steps', 'eval_every', 'slots', 'transcripts', 'profile_step'), 0),
   **dict.fromkeys(('keep_every', 'grace_s', 'learning_rate', 'warmup_steps'), 0),
@@ -38,6 +39,9 @@ def numbers(config) -> None:
         raise records.UserError(f'{where}{field}={node[field]} must be at least {least}')
     if 'steps' in node and node.kind == 'evaluate' and node.steps:
       raise records.UserError(f'{where}steps={node.steps} must be 0: such a phase only evaluates')
+    for field in ('p_rationalization', 'p_show_hint_save'):
+      if field in node and not 0 <= node[field] <= 1:
+        raise records.UserError(f'{where}{field}={node[field]} must be in [0, 1]')
     for field in ('examples_per_step', 'prompts_per_step'):
       if field in node and node[field] % jax.process_count():
         raise records.UserError(
@@ -51,12 +55,16 @@ def check(setup: wiring.Setup, order) -> None:
   draws(setup, setup.evaluation_env)
   for name, phase in setup.phases.items():
     source(setup.config, order, name, phase.section.init, f'{name}.init')
-    if phase.section.kind != 'evaluate':
+    task = phase.task(functools.partial(dataset, setup.config, order, name))
+    if phases.updates(phase.section):
       trained(setup, phase)
     if phase.section.kind == 'reinforce':
       reinforced(setup, order, phase)
+    if phase.env:
+      rewards(task, setup.rewards)
+      draws(setup, phase.env)
     sizes(setup, phase)
-    examples(setup, phase.section)
+    examples(setup, phase, task)
   weights(setup, order)
 
 
@@ -64,13 +72,25 @@ def source(config, order, name: str, init: str, what: str) -> None:
   """The source of parameters must be there when the phase `name` first begins."""
   names = [n for n, _ in order]
   before = dict.fromkeys(names[: names.index(name)])
-  earlier = [n for n in before if config[n].kind != 'evaluate']  # which keeps no parameters
+  earlier = [n for n in before if phases.updates(config[n])]  # the others keep no parameters
   if init not in ('previous', 'scratch', *earlier):
     if not init or not pathlib.Path(init).is_dir():
       raise records.UserError(
         f"{what}={init!r} is not 'previous', 'scratch', an earlier phase "
         f'({", ".join(earlier) or "there is none"}) or a folder of parameters'
       )
+
+
+def dataset(config, order, name: str, read: str) -> None:
+  """The phase `name` may read what a phase collects that comes before it."""
+  names = [n for n, _ in order]
+  before = dict.fromkeys(names[: names.index(name)])
+  earlier = [n for n in before if config[n].kind == 'collect']
+  if read not in earlier:
+    raise records.UserError(
+      f'{name}.task reads phase={read!r}, which is not an earlier phase that collects: '
+      f'{", ".join(earlier) or "there is none"}'
+    )
 
 
 def weights(setup: wiring.Setup, order) -> None:
@@ -151,13 +171,18 @@ def sizes(setup: wiring.Setup, phase: wiring.Phase) -> None:
         f'{what}.max_completion_length={each.max_completion_length} is more than the '
         f'{positions_of_model} positions of the model'
       )
-  if env and room + env.max_completion_length > section.row_length:
-    raise records.UserError(
-      f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
-      f'max_completion_length={env.max_completion_length}'
-    )
+  # What is trained on must fit a row; the EOS of a completion that was cut may come on top.
+  longest = {f'{n}.env': setup.phases[n].env.max_completion_length + 1 for n in phase.datasets}
+  if section.kind == 'reinforce':
+    longest[f'{name}.env'] = env.max_completion_length
+  for what, length in longest.items():
+    if room + length > section.row_length:
+      raise records.UserError(
+        f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
+        f'{what}.max_completion_length={length}'
+      )
   rows = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
-  if section.kind != 'evaluate' and section.rows_per_batch % rows:
+  if phases.updates(section) and section.rows_per_batch % rows:
     raise records.UserError(
       f'{name}.rows_per_batch={section.rows_per_batch} does not divide over data x fsdp = '
       f'{rows} devices'
@@ -172,6 +197,7 @@ def rewards(task, given) -> None:
     member = left.pop()
     members += [member.example('train', 0)]
     left += [inner for _, inner in getattr(member, 'members', {}).values()]
+    left += [member.task] if hasattr(member, 'task') else []
   for example in [*first, *members]:
     name = example.meta.get(records.CHECKED_BY)
     if name is not None and name not in given:
@@ -180,10 +206,14 @@ def rewards(task, given) -> None:
       )
 
 
-def examples(setup: wiring.Setup, section) -> None:
+def examples(setup: wiring.Setup, phase: wiring.Phase, task) -> None:
   """The first training examples must fit the prompt, and for supervised phases a packed row."""
-  for example in setup.augmented(setup.task.example('train', i) for i in range(32)):
-    if section.kind == 'supervised':
-      setup.supervised_sequence(example, section.row_length)
+  if phase.datasets:  # which are not there yet
+    return
+  for example in setup.augmented(task.example('train', i) for i in range(32)):
+    if phase.section.kind == 'supervised':
+      setup.supervised_sequence(example, phase.section)
     else:
       setup.prompt(example)
+    if phase.section.kind == 'collect' and phase.section.p_rationalization:
+      setup.prompt(records.show_hint(example))

@@ -58,7 +58,8 @@ class Stream:
 def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length: int):
   """Prompt + solution + EOS as a Sequence scored from the prompt's end, EOS included.
 
-  `prefill` is the beginning of the solution that the prompt already holds.
+  `prefill` is the beginning of the solution that the prompt already holds. A solution that was
+  sampled has its ids in meta[TOKEN_IDS].
 
   Raises:
     UserError: the example has no solution, it begins differently, or does not fit a row.
@@ -67,13 +68,16 @@ def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length
     raise records.UserError(
       f'task {example.task!r} has no solutions to learn from: it cannot feed a supervised phase'
     )
-  if not example.solution.startswith(prefill):
+  if records.TOKEN_IDS in example.meta:
+    rest = example.meta[records.TOKEN_IDS]
+  elif not example.solution.startswith(prefill):
     raise records.UserError(
       f'{example.task} example {example.index}: the solution {example.solution[:20]!r}... '
       f'does not begin with prompt.prefill={prefill!r}'
     )
-  rest = tokenizer.encode(example.solution.removeprefix(prefill))
-  ids = prompt_ids + rest + [tokenizer.eos_ids[0]]
+  else:
+    rest = [*tokenizer.encode(example.solution.removeprefix(prefill)), tokenizer.eos_ids[0]]
+  ids = [*prompt_ids, *rest]
   if len(ids) > row_length:
     raise records.UserError(
       f'{example.task} example {example.index} has {len(ids)} tokens, more than '

@@ -21,6 +21,7 @@ class Evaluation:
 
   num_examples: int
   correct: str  # the reward that means 'right', 1 or 0, where the example names no other
+  by: str  # field of meta by whose values accuracy is reported too; '' = none
 
 
 def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int:
@@ -153,10 +154,23 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tup
     for name, which in (('right', right_R == 1), ('wrong', right_R != 1)):
       found[f'{name}_length'] = _mean(table['completion_length'][which])
     found |= _of_several(table, right_R)
+    if cfg.by:
+      found |= _by_value(cfg.by, experience, right_P)
     metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
     metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]
     experiences[mode] = experience
   return metrics, experiences
+
+
+def _by_value(field: str, experience: types.Experience, right_P) -> dict[str, float]:
+  """accuracy/<field>=<value>, for problems in the order of the data."""
+  first = np.unique(experience.group_R, return_index=True)[1]
+  mine = [experience.examples[r].meta[field] for r in first]
+  values = [value for problem in zip(*sharding.gather(mine), strict=True) for value in problem]
+  return {
+    f'accuracy/{field}={each}': float(np.mean([r for r, v in zip(right_P, values) if v == each]))
+    for each in sorted(set(values))
+  }
 
 
 def _of_several(table, right_R) -> dict[str, float]:

@@ -7,7 +7,7 @@ import functools
 
 import jax
 
-from reasonrl import evaluation, records, tooling, types, wiring
+from reasonrl import evaluation, records, tooling, wiring
 from reasonrl.rewards import votes
 
 
@@ -57,15 +57,18 @@ def make_evaluate(setup: wiring.Setup):
   examples = setup.augmented(found[jax.process_index() :: n])
   for example in examples:  # a prompt that does not fit stops the run now, not in an hour
     setup.prompt(example)
+    if setup.evaluation.by and setup.evaluation.by not in example.meta:
+      raise records.UserError(
+        f'evaluation.by={setup.evaluation.by!r} is not a fact of the example, which has '
+        f'{", ".join(sorted(example.meta)) or "none"}'
+      )
 
   env = setup.evaluation_env
   correct, vote = setup.evaluation.correct, voter(setup, found)
-  window = types.padded(setup.prompter.max_length) + env.max_completion_length
-  rows = 8 * setup.mesh.shape['data'] * setup.mesh.shape['fsdp']  # 8 a device
 
   def evaluate(stage, state, version):
     stage = dataclasses.replace(stage, place=(0, 0))  # the same draws in every phase
-    score = tooling.make_score(setup, stage.phase.learner, window, rows)
+    score = tooling.make_window_score(setup, stage.phase.learner, env)
     tools = tooling.make_tools(stage, 'eval', lambda: examples, score)
     named = {'params': state.params, 'ema': state.ema, 'version': version}
     metrics, experiences = evaluation.evaluate(

@@ -2,7 +2,8 @@
 
     check_workdir  refuses the workdir of another config
     open_workdir   config.json, env.json
-    Metrics        metrics.jsonl and rollouts.jsonl, cut back to a checkpoint's offsets on resume
+    Lines          a file of JSON lines, cut back to a checkpoint's offset on resume
+    Metrics        two of them, metrics.jsonl and rollouts.jsonl
 
 Files come first: everything the display shows is in them, and two runs of one config write the
 same bytes outside env.json and the `timing/` keys. Left out: TensorBoard, W&B and other services
@@ -217,18 +218,52 @@ def open_workdir(path: pathlib.Path, config: Any, devices: Sequence[str]) -> Tex
 # ------------------------------------------------------------------------------------ metrics
 
 
-class Metrics:
-  """Appends rows to metrics.jsonl and rollouts.jsonl.
+class Lines:
+  """Appends rows to a file of JSON lines.
 
   Floats are written as Python's repr, so that equal runs write equal bytes; NaN and Inf as null.
-  Every row is handed to the system at once: a killed process loses none. `offsets()` goes into
+  Every row is handed to the system at once: a killed process loses none. `offset()` goes into
   a checkpoint and `truncate()` undoes what was written after it.
   """
 
+  def __init__(self, path: pathlib.Path):
+    path.parent.mkdir(exist_ok=True)
+    self._file = open(path, 'ab')
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    text = json.dumps(_plain(row), ensure_ascii=False) + '\n'
+    # A lone surrogate in decoded text is no UTF-8; as \udcxx it is still the JSON it was.
+    self._file.write(text.encode('utf-8', errors='backslashreplace'))
+    self._file.flush()
+
+  def offset(self) -> int:
+    """How many bytes it has, after forcing them to the disk: a checkpoint relies on it."""
+    os.fsync(self._file.fileno())
+    return os.fstat(self._file.fileno()).st_size
+
+  def truncate(self, offset: int) -> None:
+    """Cuts it back to `offset`.
+
+    Raises:
+      UserError: it is shorter than it was when the checkpoint was made.
+    """
+    size = os.fstat(self._file.fileno()).st_size
+    if size < offset:
+      raise records.UserError(
+        f'{self._file.name} has {size} bytes, but {offset} when the checkpoint was made: '
+        'it was cut or replaced since'
+      )
+    self._file.truncate(offset)
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class Metrics:
+  """metrics.jsonl and rollouts.jsonl; silent on a process that does not write."""
+
   def __init__(self, workdir: pathlib.Path, writes: bool):
-    self._files = {}
-    if writes:
-      self._files = {name: open(workdir / name, 'ab') for name in START}
+    self._files = {name: Lines(workdir / name) for name in START} if writes else {}
 
   def write(self, row: Mapping[str, Any]) -> None:
     """One row of metrics.jsonl."""
@@ -241,30 +276,14 @@ class Metrics:
 
   def _append(self, name: str, row: Mapping[str, Any]) -> None:
     if name in self._files:
-      text = json.dumps(_plain(row), ensure_ascii=False) + '\n'
-      # A lone surrogate in decoded text is no UTF-8; as \udcxx it is still the JSON it was.
-      self._files[name].write(text.encode('utf-8', errors='backslashreplace'))
-      self._files[name].flush()
+      self._files[name].write(row)
 
   def offsets(self) -> dict[str, int]:
-    """How many bytes each file has, after forcing them to the disk: a checkpoint relies on it."""
-    for file in self._files.values():
-      os.fsync(file.fileno())
-    return START | {name: os.fstat(f.fileno()).st_size for name, f in self._files.items()}
+    return START | {name: file.offset() for name, file in self._files.items()}
 
   def truncate(self, offsets: Mapping[str, int]) -> None:
-    """Cuts both files back to `offsets`, or to nothing with START.
-
-    Raises:
-      UserError: a file is shorter than it was when the checkpoint was made.
-    """
+    """Cuts both files back to `offsets`, or to nothing with START."""
     for name, file in self._files.items():
-      size = os.fstat(file.fileno()).st_size
-      if size < offsets[name]:
-        raise records.UserError(
-          f'{file.name} has {size} bytes, but {offsets[name]} when the checkpoint was made: '
-          'it was cut or replaced since'
-        )
       file.truncate(offsets[name])
 
   def close(self) -> None:

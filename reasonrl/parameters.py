@@ -48,13 +48,14 @@ def folder_of(
   'scratch': the model's own start, which is None. The name of a phase means its latest run;
   anything else is a path.
   """
-  runs = [i for i in range(index) if order[i][0] == source]
+  run = phases.before(order, index, source)
   if source == 'previous':
     sections = [setup.phases[name].section for name, _ in order[:index]]
-    runs = [i for i, s in enumerate(sections) if s.trains == model and s.kind != 'evaluate']
-  if source == 'scratch' or (source == 'previous' and not runs):
-    return None
-  return workdir / 'phases' / phases.kept_name(order, runs[-1]) if runs else pathlib.Path(source)
+    runs = [i for i, s in enumerate(sections) if s.trains == model and phases.updates(s)]
+    run = max(runs, default=None)
+  if run is not None:
+    return workdir / 'phases' / phases.kept_name(order, run)
+  return None if source in ('scratch', 'previous') else pathlib.Path(source)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""The phases of a run: their order, and the folders in which their parameters are kept."""
+"""The phases of a run: their order and lengths, and where their parameters and datasets are kept."""
 
 from __future__ import annotations
 
@@ -28,6 +28,40 @@ def order(config, kinds) -> list[tuple[str, int]]:
   if not flat:
     raise records.UserError(f'phases is empty: it names sections, of {", ".join(found)}')
   return flat
+
+
+def updates(section) -> bool:
+  """Whether such a phase changes parameters: those that sample or evaluate have no optimizer."""
+  return 'optim' in section
+
+
+def steps(section, iteration: int) -> int:
+  """The steps of a phase in the iteration (from 0) of its loop.
+
+  A supervised one has int(steps growth^iteration) + added iteration (STaR, arXiv 2203.14465: 1.2
+  and 0, or 1 and 20).
+  """
+  if section.kind != 'supervised':
+    return section.steps
+  return int(section.steps * section.steps_growth**iteration) + section.steps_added * iteration
+
+
+def before(order, index: int, name: str) -> int | None:
+  """The index of the latest run of the phase `name` before phase `index` of the order."""
+  return max((i for i in range(index) if order[i][0] == name), default=None)
+
+
+def dataset(workdir: pathlib.Path, order, index: int) -> pathlib.Path:
+  """Where phase `index`, of kind 'collect', writes what it keeps."""
+  return workdir / 'datasets' / f'{kept_name(order, index)}.jsonl'
+
+
+def collected_by(task) -> set[str]:
+  """The collect phases whose datasets a task section reads."""
+  found = {task.phase} if 'phase' in task else set()
+  inner = [entry.task for entry in task.members.values()] if 'members' in task else []
+  inner += [task.task] if 'task' in task else []
+  return found.union(*map(collected_by, inner))
 
 
 def kept_name(order, index: int) -> str:

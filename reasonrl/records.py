@@ -19,6 +19,12 @@ ANSWER_OPEN, ANSWER_CLOSE = '<answer>', '</answer>'
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 # Key of Example.meta where equality with `answer` does not decide: names the reward that does.
 CHECKED_BY = 'checked_by'
+# Keys of Example.meta for rationalisation (STaR, arXiv 2203.14465): the whole problem with the answer
+# shown as a hint, where a task has a form of its own; and whether `problem` shows it.
+HINTED, HINT_SHOWN = 'hinted', 'hint_shown'
+# Key of Example.meta: the ids of the solution as they were sampled, EOS included. They are what is
+# learned: encoding the text again may give other ids.
+TOKEN_IDS = 'token_ids'
 
 
 class UserError(ValueError):
@@ -44,6 +50,18 @@ class Example:
   answer: str  # the gold answer, or one of them
   solution: str | None  # a whole target completion, without EOS; None: the task has none
   meta: dict[str, Any]  # JSON-able facts: difficulty, prompt augmentations, ...
+
+
+def show_hint(example: Example) -> Example:
+  """The example with its answer shown in the problem: meta[HINTED], else 'problem (answer)'.
+
+  Raises:
+    ValueError: it is shown already.
+  """
+  if HINT_SHOWN in example.meta:
+    raise ValueError(f'{example.task}/{example.split}/{example.index} shows its hint already')
+  problem = example.meta.get(HINTED, f'{example.problem} ({example.answer})')
+  return dataclasses.replace(example, problem=problem, meta={**example.meta, HINT_SHOWN: True})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from reasonrl import ops, records, sharding, types
 
 # Part of every random key; later methods add theirs.
-PURPOSES = {'train': 0, 'eval': 1, 'minibatches': 2, 'shuffle': 3}
+PURPOSES = {
+  **{'train': 0, 'eval': 1, 'minibatches': 2, 'shuffle': 3},
+  **{'collect': 4, 'hint': 5, 'rationalize': 6},
+}
 BLOCK = 256  # vocabulary entries per block of the two-level inverse CDF
 
 

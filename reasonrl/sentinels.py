@@ -87,7 +87,7 @@ def compared(given, sampled_with: list, before, after) -> dict[str, float]:
 
 def _above(row: dict, name: str, limit: float) -> bool:
   """NaN is above every limit. In a step that was not finite it has a sentinel of its own."""
-  return bool(row['finite']) and name in row and not row[name] <= limit
+  return name in row and bool(row['finite']) and not row[name] <= limit
 
 
 def _mismatch(row, facts):
@@ -143,7 +143,7 @@ def _verifier(row, facts):
 
 
 def _finite(row, facts):
-  return '' if row['finite'] else 'the loss or a gradient was not finite: the step was skipped'
+  return '' if row.get('finite', 1) else 'the loss or a gradient was not finite: the step was skipped'
 
 
 SENTINELS = (

@@ -17,10 +17,13 @@ import jax
 import numpy as np
 
 from reasonrl import (
+  collecting,
   data,
   evaluation,
+  logs,
   packing,
   profiling,
+  records,
   rollouts,
   sharding,
   tooling,
@@ -36,19 +39,20 @@ class Step(NamedTuple):
   describe: Callable[[], dict]  # () -> metrics
   transcripts: Callable[[], list[dict]]
   position: Any  # of the data, after this step
+  kept: list[dict]  # rows for the dataset of a phase that collects
 
 
 def supervised(stage: tooling.Stage, position):
   """Packed rows of worked solutions: one optimizer step each."""
   setup, section = stage.setup, stage.phase.section
-  stream = data.Stream(setup.task, 'train', stage.index, section.examples_per_step, position)
+  stream = data.Stream(stage.task, 'train', stage.index, section.examples_per_step, position)
   pack = functools.partial(tooling.pack, setup, section.row_length, section.rows_per_batch)
 
   def make(state, read, step):
     del state, read, step
     with profiling.timed(stage.tally, 'data'):
       examples = setup.augmented(stream.next())
-      seqs = [setup.supervised_sequence(example, section.row_length) for example in examples]
+      seqs = [setup.supervised_sequence(example, section) for example in examples]
     with profiling.timed(stage.tally, 'pack'):
       trained = sharding.total(float(sum(seq.index_M.size for seq in seqs)))
       updates = [(pack(seqs)[0], (trained,))]
@@ -58,6 +62,7 @@ def supervised(stage: tooling.Stage, position):
       describe=lambda: {'timing/tokens': sharding.total(tokens)},
       transcripts=list,
       position=stream.position,
+      kept=[],
     )
 
   return make
@@ -67,7 +72,7 @@ def reinforce(stage: tooling.Stage, position):
   """Roll out, keep, score, assign credit: one or several optimizer steps on one experience."""
   setup, phase, tally = stage.setup, stage.phase, stage.tally
   section, algorithm = phase.section, phase.algorithm
-  stream = data.Stream(setup.task, 'train', stage.index, section.prompts_per_step, position)
+  stream = data.Stream(stage.task, 'train', stage.index, section.prompts_per_step, position)
   per_step = algorithm.num_iterations * algorithm.num_minibatches  # optimizer steps
   shape = section.row_length, section.rows_per_batch
   pack = functools.partial(tooling.pack, setup, *shape)
@@ -78,7 +83,7 @@ def reinforce(stage: tooling.Stage, position):
     named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **read}
     synced = step - step % section.sampler_sync_steps
     stale = {'params': read.get('sampler', state.params), 'version': synced * per_step}
-    experience, sampled = collect(stage, tools, named | stale, step)
+    experience, sampled = sample_groups(stage, tools, named | stale, step)
     if section.shuffle_rewards:
       rng = stage.rng('shuffle', step, jax.process_index())
       shuffled_R = rng.permutation(experience.reward_R)
@@ -110,12 +115,85 @@ def reinforce(stage: tooling.Stage, position):
       ),
       transcripts=lambda: evaluation.transcripts(experience, adv_BT, shown, correct),
       position=stream.position,
+      kept=[],
     )
 
   return make
 
 
-def collect(stage: tooling.Stage, tools: types.Tools, named: dict, step: int):
+def collect(stage: tooling.Stage, position):
+  """Sample and keep what is right; where nothing was, sample again with the answer as a hint.
+
+  STaR (arXiv 2203.14465). The rows go into the dataset of the phase; no parameter changes.
+  """
+  setup, phase, section = stage.setup, stage.phase, stage.phase.section
+  correct, shown = setup.evaluation.correct, setup.config.log.transcripts
+  keeper = collecting.Keeper(correct, setup.rewards, setup.tokenizer, setup.prompter.prefill)
+  dataset = collecting.Dataset(logs.read_rows(stage.dataset), section.max_per_problem)
+  stream = data.Stream(stage.task, 'train', stage.index, section.prompts_per_step, position)
+  score = tooling.make_window_score(setup, phase.learner, phase.env)
+
+  def rollout(purpose, examples, state, read, step):
+    named = {'params': state.params, 'ema': state.ema, 'version': 0, **read}
+    tools = tooling.make_tools(stage, purpose, lambda: examples, score)
+    with profiling.timed(stage.tally, 'rollout'):
+      return phase.env.rollout(tools, named, step)
+
+  def make(state, read, step):
+    examples = setup.augmented(stream.next())
+    prompts = [i * jax.process_count() + jax.process_index() for i in range(len(examples))]
+    place = {'phase': phase.name, 'iteration': stage.place[1], 'step': step + 1}
+    experiences = [rollout('collect', examples, state, read, step)]
+    rows = keeper.rows(experiences[0], examples, prompts, **place)
+
+    solved = {row['prompt'] for row in rows}
+    rngs = [stage.rng('rationalize', step, prompt) for prompt in prompts]
+    shows, saves = np.asarray([rng.random(2) for rng in rngs]).T
+    asks = [
+      i
+      for i, prompt in enumerate(prompts)
+      if prompt not in solved and shows[i] < section.p_rationalization
+    ]
+    asked = sharding.total(len(asks))
+    if asked:  # then all processes sample, even one that has nothing to ask
+      hinted = [records.show_hint(example) for example in examples]
+      experiences.append(rollout('hint', [hinted[i] for i in asks or [0]], state, read, step))
+      saved = [hinted[i] if saves[i] < section.p_show_hint_save else examples[i] for i in asks]
+      if asks:
+        rows += keeper.rows(experiences[1], saved, [prompts[i] for i in asks], **place)
+    every = [row for mine in sharding.gather(rows) for row in mine]
+    fresh = dataset.admit(sorted(every, key=lambda row: (row['prompt'], row['sample'])))
+
+    completions = [c for experience in experiences for c in experience.completions]
+    counts = {
+      'problems': section.prompts_per_step,
+      'solved': sharding.total(len(solved)),
+      'asked': asked,
+      'rationalized': len({row['prompt'] for row in every if row['hinted']}),
+      'kept': len(fresh),
+      'samples': sharding.total(len(completions)),
+      'sampled_tokens': sharding.total(sum(c.num_tokens for c in completions)),
+    }
+    return Step(
+      updates=[],
+      describe=lambda: (
+        describe_experience(setup, experiences[0])
+        | {f'collect/{name}': float(count) for name, count in counts.items()}
+        | collecting.describe(fresh)
+      ),
+      transcripts=lambda: [
+        sample
+        for experience in experiences
+        for sample in evaluation.transcripts(experience, None, shown, correct)
+      ],
+      position=stream.position,
+      kept=fresh,
+    )
+
+  return make
+
+
+def sample_groups(stage: tooling.Stage, tools: types.Tools, named: dict, step: int):
   """Rolls out until the algorithm has kept enough groups, or generation batches run out.
 
   Returns:
@@ -170,4 +248,9 @@ def evaluate(stage, position):
   del stage, position
 
 
-STEPS = {'supervised': supervised, 'reinforce': reinforce, 'evaluate': evaluate}
+STEPS = {
+  'supervised': supervised,
+  'reinforce': reinforce,
+  'collect': collect,
+  'evaluate': evaluate,
+}

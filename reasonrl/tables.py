@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+from collections.abc import Callable
 
 from reasonrl import records
 
@@ -32,12 +34,20 @@ def member(table: dict, section, what: str):
   return build(lookup(table, section.name, f'{what}.name'), section, 'name')
 
 
-def make_task(table: dict, section, what: str):
-  """The task of a section. Where that has `members`, each is a weight and a task section."""
+def make_task(table: dict, section, what: str, dataset: Callable[[str], pathlib.Path]):
+  """The task of a section.
+
+  `members` of a section are weights and task sections, its `task` is one; for its `phase`, of kind
+  'collect', the task is given as `path` what `dataset` returns.
+  """
   built = {}
   if 'members' in section:
     built['members'] = {
-      name: (entry.weight, make_task(table, entry.task, f'{what}.members.{name}.task'))
+      name: (entry.weight, make_task(table, entry.task, f'{what}.members.{name}.task', dataset))
       for name, entry in section.members.items()
     }
+  if 'task' in section:
+    built['task'] = make_task(table, section.task, f'{what}.task', dataset)
+  if 'phase' in section:
+    built['path'] = dataset(section.phase)
   return build(lookup(table, section.name, f'{what}.name'), section, 'name', **built)

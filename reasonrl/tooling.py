@@ -2,11 +2,14 @@
 
 make_tools     sampling, rewards, rendering and random keys
 make_score     log-probabilities of given tokens, packed like training batches
+make_window_score  the same, where there are none
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +33,8 @@ class Stage:
 
   setup: wiring.Setup
   phase: wiring.Phase
+  task: Any  # the phase's own, or the run's
+  dataset: pathlib.Path  # where a phase of kind 'collect' writes what it keeps
   place: tuple[int, int]  # (index in the order of phases, iteration): part of every random key
   tally: dict  # seconds and counts of the step under way
 
@@ -55,7 +60,7 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
 
   Args:
     stage: the phase under way.
-    purpose: 'train' or 'eval', part of every random key.
+    purpose: 'train', 'eval', 'collect' or 'hint', part of every random key.
     examples: () -> the next prompts' examples.
     score: see `make_score`.
   """
@@ -63,7 +68,7 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
   sampler = setup.samplers[stage.phase.section.trains]
 
   def generate(params, requests, spec, slots):
-    if purpose == 'train' and setup.config.sentinels:
+    if purpose != 'eval' and setup.config.sentinels:
       tally.setdefault('sampled_with', []).append(sentinels.checksum(params))
     with profiling.timed(tally, 'sample'):
       return sampler.generate(params, requests, spec, slots, setup.poll)
@@ -98,7 +103,7 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
     return sampling.row_keys(seed, purpose, *stage.place, step, prompt_R, sample_R, thread_R)
 
   tools = types.Tools(
-    task=setup.task,
+    task=stage.task,
     tokenizer=setup.tokenizer,
     sampler=sampler,
     prefill=setup.prompter.prefill,
@@ -124,6 +129,13 @@ def pack(setup: wiring.Setup, row_length: int, rows: int, seqs):
   """`packing.pack` into micro-batches of `rows` rows over all processes."""
   each = rows // jax.process_count()
   return packing.pack(seqs, row_length, each, setup.mesh.shape['tensor'])
+
+
+def make_window_score(setup: wiring.Setup, student: learner.Learner, env):
+  """`make_score` of whole rollouts of an environment, where nothing is trained on them."""
+  window = types.padded(setup.prompter.max_length) + env.max_completion_length
+  rows = 8 * setup.mesh.shape['data'] * setup.mesh.shape['fsdp']  # 8 a device
+  return make_score(setup, student, window, rows)
 
 
 def make_score(setup: wiring.Setup, student: learner.Learner, row_length: int, rows: int):

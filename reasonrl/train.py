@@ -58,6 +58,7 @@ TABLES = {
 }
 FAILURES = ('reward_timeouts', 'reward_errors')
 COUNTS = (*FAILURES, 'completions')  # by the reward tool
+START = {'step': 0, 'data': 0, 'evaluated': False, 'sentinels': {}, 'dataset': 0}  # of a phase
 # Fields in which a resumed run may differ from the run it continues: they change no result, the
 # mesh beyond rounding.
 MAY_DIFFER = ('mesh', 'rewarding', 'log', 'sentinels', 'checkpoint', 'compilation_cache')
@@ -137,7 +138,8 @@ def run_phases(run: Run) -> int:
     return 0
 
   def abstract_state(saved):
-    phase = setup.phases[order[saved['index']][0]]
+    name, iteration = order[saved['index']]
+    phase = setup.phases[name].at(iteration)
     student = phase.learner
     followers = dict.fromkeys(phase.followers, sharding.abstract_params(student.model, setup.mesh))
     return {'policy': student.abstract(), 'followers': followers}
@@ -161,17 +163,23 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   """
   setup, order, path, metrics, screen = run.setup, run.order, run.path, run.metrics, run.screen
   config, (name, iteration) = setup.config, order[index]
-  phase = setup.phases[name]
-  section, student = phase.section, phase.learner
-  before = sum(config[n].steps for n, _ in order[:index])  # steps of the run before this phase
-  saved = resume[2] if resume else {'step': 0, 'data': 0, 'evaluated': False, 'sentinels': {}}
+  phase = setup.phases[name].at(iteration)
+  section, student, steps = phase.section, phase.learner, phases.steps(phase.section, iteration)
+  before = sum(phases.steps(config[n], i) for n, i in order[:index])  # steps of the run
+  saved = resume[2] if resume else START
   start, position, evaluated = saved['step'], saved['data'], saved['evaluated']
 
   # ---- this phase's learner, state and data
-  screen.phase(name, section.kind, section.steps, start)
+  read_from = {n: phases.dataset(path, order, phases.before(order, index, n)) for n in phase.datasets}
+  source = section.init
+  for n, dataset in read_from.items():
+    if not sharding.agree(dataset.stat().st_size):
+      screen.note(f'{name} has nothing to learn: {n} kept nothing; the parameters stay as they are')
+      steps, source = 0, 'previous'
+  screen.phase(name, section.kind, steps, start)
   screen.status('loading parameters')
   init = functools.partial(parameters.init, setup, order, index, path)
-  state = resume[1]['policy'] if resume else student.init(init(section.trains, section.init))
+  state = resume[1]['policy'] if resume else student.init(init(section.trains, source))
   read = dict(resume[1]['followers']) if resume else {}
   for role, source in phase.reads.items():
     if role not in read:
@@ -179,7 +187,10 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   if 'sampler' in phase.followers and 'sampler' not in read:
     read['sampler'] = jax.tree.map(jax.numpy.copy, state.params)  # the state itself is donated
   tally = collections.defaultdict(float)
-  stage = tooling.Stage(setup, phase, (index, iteration), tally)
+  dataset = phases.dataset(path, order, index)
+  lines = open_dataset(dataset, saved['dataset']) if section.kind == 'collect' else None
+  task = phase.task(read_from.__getitem__)
+  stage = tooling.Stage(setup, phase, task, dataset, (index, iteration), tally)
   make = STEPS[section.kind](stage, position)
   pending, began, seen = None, 0.0, saved['sentinels']
   checksum = sentinels.checksum(state.params) if config.sentinels else None
@@ -190,7 +201,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       compute_dtype=student.model.compute_dtype,
       at_reference=step == 1 and phase.starts_at_reference,
       old_policy=phase.old_policy,
-      learning=section.optim.learning_rate > 0,
+      learning=phases.updates(section) and section.optim.learning_rate > 0,
       synced='sampler' not in phase.followers or (step - 1) % section.sampler_sync_steps == 0,
     )
 
@@ -230,7 +241,8 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       examine()
     (step, row, reports, sums, samples), pending = pending, None
     with profiling.timed(row, 'wait'):
-      row |= learner.merge_reports([learner.reduce_reports(report) for report in reports])
+      found = [learner.reduce_reports(report) for report in reports]
+      row |= learner.merge_reports(found) if found else {}  # without an update there is no report
     row.setdefault('timing/step_s', time.monotonic() - began)  # it was flushed in its own iteration
     row['timing/tokens_per_s'] = row['timing/tokens'] / row['timing/step_s']
     warnings = []
@@ -245,24 +257,25 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
     if samples:
       metrics.rollouts({**header('train', step), **sample} for sample in samples)
       screen.transcripts(samples)
-    if row['skipped'] >= config.max_skipped:
+    if row.get('skipped', 0) >= config.max_skipped:
       raise RuntimeError(f'{row["skipped"]:.0f} steps in a row were not finite: see {path}')
 
   def save(step):
     flush()
     host = {'index': index, 'step': step, 'data': position, 'evaluated': evaluated, 'best': best}
     host |= {'offsets': metrics.offsets(), 'tokenizer': setup.tokenizer.fingerprint}
-    host['sentinels'] = seen
+    host |= {'sentinels': seen, 'dataset': lines.offset() if lines else 0}
     followers = {role: read[role] for role in phase.followers}
     run.store.save(before + step, {'policy': state, 'followers': followers}, host)
 
-  for step in range(start, section.steps + 1):
+  for step in range(start, steps + 1):
     try:
       setup.poll()
       # ---- evaluate: at the start of the run, at the end of a phase, and when due
-      last = step == section.steps
+      last = step == steps
       due = section.eval_every and step and step % section.eval_every == 0
-      if (last or due or index == step == 0) and not evaluated:
+      changed = last and section.kind != 'collect'
+      if (changed or due or index == step == 0) and not evaluated:
         flush()
         screen.status('evaluating')
         row, samples = run.evaluate(stage, state, step)
@@ -271,7 +284,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
         row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}
         metrics.write(header('eval', step) | row)
         metrics.rollouts({**header('eval', step), **sample} for sample in samples)
-        screen.evaluation(f'after {name} step {step}' if section.steps else '', row)
+        screen.evaluation(f'after {name} step {step}' if steps else '', row)
       evaluated = True
       if last:
         break
@@ -288,6 +301,8 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
           given = sentinels.checksum(read['sampler'])
         made = make(state, read, step)
         position, evaluated, reports = made.position, False, []
+        for kept in made.kept if lines else ():
+          lines.write(kept)
         with profiling.timed(tally, 'update'):
           for u, update in enumerate(made.updates):
             grads, loss, report = student.gradients(state.params, *update)
@@ -312,17 +327,33 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
     except preemption.Stopped:
       save(step)
       raise
-    if (step + 1) % config.checkpoint.save_every == 0 or step + 1 == section.steps:
+    if (step + 1) % config.checkpoint.save_every == 0 or step + 1 == steps:
       save(step + 1)
     if pending:
       pending[1]['timing/step_s'] = time.monotonic() - began
 
+  if section.kind == 'collect':
+    rows = logs.read_rows(dataset)
+    hinted = sum(row['hinted'] for row in rows)
+    screen.note(f'{name} kept {len(rows)} completions, {hinted} with a hint: {dataset}')
+
   # ---- the phase's final parameters, outside checkpoint retention; they mark its end
   kept = path / 'phases' / phases.kept_name(order, index)
-  if section.kind == 'evaluate':  # it has none of its own
+  if not phases.updates(section):  # it has none of its own
     kept.mkdir(parents=True, exist_ok=True)
     return best
   if state.ema is not None:
     checkpoint.save_params(kept.with_name(f'{kept.name}-ema'), state.ema)
   checkpoint.save_params(kept, state.params)
   return best
+
+
+def open_dataset(path: pathlib.Path, offset: int) -> logs.Lines | None:
+  """The file of a phase that collects, cut back to `offset`; open on the first process alone."""
+
+  def cut_back():
+    lines = logs.Lines(path)
+    lines.truncate(offset)
+    return lines
+
+  return sharding.on_all_processes(cut_back if jax.process_index() == 0 else lambda: None)

@@ -7,6 +7,7 @@ values stop here with one line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from reasonrl import (
   evaluation,
   learner,
   optim,
+  phases,
   prompts,
   records,
   sampling,
@@ -49,29 +51,49 @@ class Setup:
   poll: Callable[[], None]
 
   def augmented(self, examples) -> list[records.Example]:
-    """Examples as prompt, reward and transcript will see them."""
-    return [self.prompter.augment(self.config.seed, example) for example in examples]
+    """Examples as prompt, reward and transcript will see them; what was collected already is so."""
+    return [
+      example
+      if records.TOKEN_IDS in example.meta
+      else self.prompter.augment(self.config.seed, example)
+      for example in examples
+    ]
 
   def prompt(self, example) -> list[int]:
     """The token ids of an example's prompt."""
     return self.prompter.render(self.tokenizer, example)
 
-  def supervised_sequence(self, example, row_length: int) -> types.Sequence:
-    """An example's prompt and solution as a row to learn from."""
+  def supervised_sequence(self, example, section) -> types.Sequence:
+    """An example's prompt and solution as a row of that supervised section."""
     prompt, prefill = self.prompt(example), self.prompter.prefill
-    return data.supervised_sequence(self.tokenizer, prompt, prefill, example, row_length)
+    return data.supervised_sequence(self.tokenizer, prompt, prefill, example, section.row_length)
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """One section of the config that `phases` names. env and algorithm: of a reinforce phase."""
+  """One section of the config that `phases` names."""
 
   name: str
   section: Any
-  env: Any
-  algorithm: Any
+  task: Callable  # (collect phase -> path of its dataset) -> where the examples come from
+  env: Any  # of a phase that samples
+  algorithm: Any  # of a reinforce phase
   reads: dict[str, Any]  # role -> model, init and sync of other parameters that it reads
-  learner: learner.Learner
+  learner: learner.Learner  # of the first iteration
+  optimizer: Callable  # steps of the phase -> optax transformation
+
+  def at(self, iteration: int) -> Phase:
+    """The phase in an iteration of its loop: where it grows, so does the schedule."""
+    steps = phases.steps(self.section, iteration)
+    if steps == self.section.steps:
+      return self  # and so no program is compiled again
+    student = dataclasses.replace(self.learner, tx=self.optimizer(steps))
+    return dataclasses.replace(self, learner=student)
+
+  @property
+  def datasets(self) -> list[str]:
+    """The collect phases whose datasets it reads."""
+    return [] if self.section.kind == 'evaluate' else sorted(phases.collected_by(self.section.task))
 
   @property
   def starts_at_reference(self) -> bool:
@@ -103,7 +125,7 @@ class Phase:
 def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup:
   """Builds everything. `table`: 'task', 'reward', 'env', ... -> its members by name."""
   mesh = sharding.make_mesh(**config.mesh)
-  task = tables.make_task(table['task'], config.task, 'task')
+  task = tables.make_task(table['task'], config.task, 'task', None)
   augmentations = tuple(
     tables.lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations')
     for name in config.prompt.augmentations
@@ -178,8 +200,13 @@ def make_phase(setup: Setup, table: dict, name: str) -> Phase:
   """Builds one section that `phases` names; `checks` says whether it can run."""
   section = setup.config[name]
   tables.lookup(setup.models, section.trains, f'{name}.trains')
-  env, algorithm, reads = None, None, {}
-  temperature, terms, steps = 1.0, (), max(section.steps, 1)
+  env, algorithm, reads, task = None, None, {}, lambda dataset: setup.task
+  temperature, terms, updates_per_step = 1.0, (), 1
+  if section.kind != 'evaluate' and section.task:
+    task = functools.partial(tables.make_task, table['task'], section.task, f'{name}.task')
+  if section.kind == 'collect':
+    env = tables.member(table['env'], section.env, f'{name}.env')
+    temperature = env.temperature
   if section.kind == 'supervised':
     terms = (learner.Term(tables.lookup(LOSSES, section.loss, f'{name}.loss'), None),)
   if section.kind == 'reinforce':
@@ -188,21 +215,21 @@ def make_phase(setup: Setup, table: dict, name: str) -> Phase:
     roles = {SCORED_WITH[name] for name in algorithm.needs & SCORED_WITH.keys()} - {'params'}
     reads = {role: section.reads[role] for role in sorted(roles)}
     terms, temperature = (learner.Term(algorithm.token_loss, algorithm.prepare),), env.temperature
-    steps *= algorithm.num_iterations * algorithm.num_minibatches
+    updates_per_step = algorithm.num_iterations * algorithm.num_minibatches
   sampler = setup.samplers[section.trains]
-  tx, ema_decay = optim.frozen(), None
-  if section.kind != 'evaluate':
+  optimizer, ema_decay = lambda steps: optim.frozen(), None
+  if phases.updates(section):
     cfg = tables.build(optim.Optim, section.optim)
-    shapes = sharding.abstract_params(sampler.model, setup.mesh)
-    tx, ema_decay = optim.build(cfg, shapes, steps), cfg.ema_decay
+    shapes, ema_decay = sharding.abstract_params(sampler.model, setup.mesh), cfg.ema_decay
+    optimizer = lambda steps: optim.build(cfg, shapes, max(steps, 1) * updates_per_step)
   student = learner.Learner(
     model=sampler.model,
     mesh=setup.mesh,
-    tx=tx,
+    tx=optimizer(section.steps),
     ema_decay=ema_decay,
     terms=terms,
     form=sampler.form(temperature),
     forbidden=sampler.forbidden,
     loss_chunk=setup.config.loss_chunk,
   )
-  return Phase(name, section, env, algorithm, reads, student)
+  return Phase(name, section, task, env, algorithm, reads, student, optimizer)

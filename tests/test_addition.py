@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from reasonrl import records, tokenizers
 from reasonrl.records import Stop
 from reasonrl.rewards import REWARDS
-from reasonrl.rewards import addition as reward
 from reasonrl.tasks import TASKS, addition
 
 # One example of gen_sums.py, without the end-of-text mark.
@@ -20,7 +19,11 @@ PAPER = (
 
 
 def make(**changes):
-  return TASKS['addition'](**(dict(seed=0, min_digits=1, max_digits=5) | changes))
+  return TASKS['addition'](**(dict(seed=0, min_digits=1, max_digits=5, hint='none') | changes))
+
+
+def correct(first, second):
+  return addition.scratchpad(first, second, addition.add(first, second))
 
 
 def find(first, second):
@@ -35,9 +38,9 @@ def find(first, second):
 
 
 def test_scratchpads_of_the_paper():
-  assert addition.scratchpad('624', '259') == PAPER.split('\n')[4:9]
-  assert addition.scratchpad('7', '8') == ['7 + 8 , C: 0', ', 5 C: 1', '1 5']
-  assert addition.scratchpad('99999', '10001')[-2:] == [', 1 0 0 0 0 C: 1', '1 1 0 0 0 0']
+  assert correct('624', '259') == PAPER.split('\n')[4:9]
+  assert correct('7', '8') == ['7 + 8 , C: 0', ', 5 C: 1', '1 5']
+  assert correct('99999', '10001')[-2:] == [', 1 0 0 0 0 C: 1', '1 1 0 0 0 0']
 
 
 def test_an_example_is_the_papers_text():
@@ -46,7 +49,54 @@ def test_an_example_is_the_papers_text():
     'Input:\n6 2 + 2 5\nTarget:\n<scratch>\n6 2 + 2 5 , C: 0\n6 + 2 , 7 C: 0\n, 8 7 C: 0\n'
     '0 8 7\n</scratch>\n8 7\n\n'
   )
-  assert (example.answer, example.meta['hint'], example.meta['digits']) == ('8 7', '0 8 7', 2)
+  assert (example.answer, example.meta['digits']) == ('8 7', 2)
+
+
+def test_the_hint_is_the_last_line_of_the_scratchpad():
+  example = find('62', '25')
+  shown = records.show_hint(example)
+  assert shown.problem == 'Input:\n6 2 + 2 5\nTarget: 0 8 7'
+  assert (shown.solution, shown.answer) == (example.solution, example.answer)
+  with pytest.raises(ValueError, match='shows its hint already'):
+    records.show_hint(shown)
+  task = make(hint='shown')
+  assert [task.example('train', i) for i in range(50)] == [
+    records.show_hint(make().example('train', i)) for i in range(50)
+  ]
+
+
+def test_pseudo_sums_agree_with_their_hint_and_not_with_the_numbers():
+  task, right, digits = make(hint='pseudo'), 0, []
+  for i in range(500):
+    example, plain = task.example('train', i), make().example('train', i)
+    hint = example.problem.rpartition('Target: ')[2]
+    assert example.problem == f'{plain.problem} {hint}'
+    lines = example.solution.split('\n')[2:]
+    columns = [(int(d), 0) for d in hint.split(' ')[:0:-1]]
+    columns[-1] = (columns[-1][0], int(hint[0]))
+    for at, line in enumerate(lines[1 : len(columns)]):  # each says the carry that came in
+      columns[at] = (columns[at][0], int(line[-1]))
+    first, second = operands(plain)
+    assert [*addition.scratchpad(first, second, columns), '</scratch>', example.answer] == lines
+    assert score(example.solution, example) == records.Score(1.0, {'trace': 1.0}, None)
+    right += example.answer == plain.answer
+    digits += hint.split(' ')[1:]
+  assert right < 25  # by chance, nearly all of them of one digit
+  assert all(abs(digits.count(d) / len(digits) - 0.1) < 0.03 for d in '0123456789')
+
+
+def test_worked_examples_have_the_same_length_and_another_problem():
+  task = make(hint='shown')
+  for i in range(60):
+    example = task.example('train', i)
+    shots = task.worked(example, 10)
+    assert len({shot.problem for shot in shots}) == 10
+    for shot in shots:
+      assert shot.meta['digits'] == example.meta['digits'] and shot.answer != example.answer
+      assert shot.problem.endswith('Target:') and shot.split == 'train'
+  assert task.worked(example, 10) == shots
+  with pytest.raises(records.UserError, match='60 worked examples of . digits: only'):
+    task.worked(example, 60)
 
 
 pairs = st.integers(1, 12).flatmap(
@@ -57,7 +107,7 @@ pairs = st.integers(1, 12).flatmap(
 @hypothesis.given(pairs)
 def test_every_line_holds_the_digits_and_the_carry_of_the_sum_so_far(pair):
   a, b = map(str, pair)
-  first, *steps, closing, hint = addition.scratchpad(a, b)
+  first, *steps, closing, hint = correct(a, b)
   assert first == f'{" ".join(a)} + {" ".join(b)} , C: 0'
   assert len(steps) == len(a) - 1
   for i, line in enumerate([*steps, closing], 1):
@@ -107,6 +157,11 @@ def test_a_word_is_a_token():
       assert tokenizer.decode(ids, skip_special=False) == text
 
 
+def test_an_unknown_kind_of_hint():
+  with pytest.raises(records.UserError, match="hint='real' is not one of none, shown, pseudo"):
+    make(hint='real')
+
+
 @pytest.mark.parametrize('changes', [dict(min_digits=0), dict(min_digits=3, max_digits=2)])
 def test_bad_fields(changes):
   with pytest.raises(records.UserError, match=f'min_digits={changes["min_digits"]}'):
@@ -150,8 +205,9 @@ def test_the_line_after_the_scratchpad_is_the_answer(text, right, trace):
 
 
 def test_what_is_kept_ends_with_the_answer_line():
-  assert reward.until_answer(SUM.solution + '\n\nInput:') == SUM.solution
-  assert reward.until_answer('</scratch>') is None
+  trim = REWARDS['addition']().trim
+  assert trim(SUM.solution + '\n\nInput:') == SUM.solution
+  assert trim('</scratch>') is None
 
 
 def test_solutions_are_right_and_other_sums_are_not():

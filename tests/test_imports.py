@@ -40,7 +40,7 @@ LAYERS = (
   ),
   (
     *('train', 'steps', 'held_out', 'sentinels', 'tooling', 'parameters', 'checks', 'wiring'),
-    *('objective', 'peers', 'phases', 'tables', 'postmortem'),
+    *('objective', 'peers', 'phases', 'tables', 'postmortem', 'collecting'),
   ),
   (
     *('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'replay'),

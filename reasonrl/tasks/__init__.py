@@ -2,16 +2,19 @@
 
 A task is a frozen dataclass with a field `seed`, a method `example(split, index) -> Example` (a
 pure function of the fields, the split and the index) and `symbols`, the strings that a tokenizer
-trained for it keeps whole. `splits` keeps train and test apart. A `mixture` is made of such tasks.
+trained for it keeps whole. `splits` keeps train and test apart. `mixture` and `subset` are made of
+such tasks; `collected` reads what a phase of the run has kept.
 """
 
 from reasonrl.tasks import (
   addition,
   arithmetic,
+  collected,
   countdown,
   mixture,
   reasoning_gym,
   shuffled_objects,
+  subset,
 )
 
 TASKS = {
@@ -20,5 +23,7 @@ TASKS = {
   'addition': addition.Addition,
   'countdown': countdown.Countdown,
   'mixture': mixture.Mixture,
+  'collected': collected.Collected,
+  'subset': subset.Subset,
   'reasoning_gym': reasoning_gym.ReasoningGym,
 }

@@ -1,0 +1,68 @@
+"""STaR is a policy gradient (arXiv 2203.14465, eq. 1 and 2): the filter is the indicator reward.
+
+    grad J = sum_i E[ 1(a_i = y_i) grad log p(a_i, r_i | x_i) ]
+
+For one step on samples at temperature 1, without restart and with nothing else than that filter,
+the gradient of the kept completions' likelihood is that of J, up to the factor sampled / kept.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from reasonrl import data, learner, packing, records
+
+
+def test_on_a_policy_of_two_tokens():
+  """By hand: p(1) = sigmoid(theta) for both tokens; right is '11'."""
+  theta, samples = 0.3, [(1, 1), (1, 0), (0, 1), (1, 1), (0, 0)]
+  logp = lambda theta, pair: sum(jax.nn.log_sigmoid(theta if t else -theta) for t in pair)
+  right = [pair for pair in samples if pair == (1, 1)]
+  policy_gradient = jax.grad(
+    lambda theta: sum(logp(theta, pair) * (pair == (1, 1)) for pair in samples) / len(samples)
+  )(theta)
+  star = jax.grad(lambda theta: -sum(logp(theta, pair) for pair in right) / len(right))(theta)
+  policy_gradient, star = float(policy_gradient), float(star)
+  # d log p(1) / d theta = 1 - sigmoid(.3) = .425557; two tokens, two of five samples right
+  assert policy_gradient == pytest.approx(2 / 5 * 2 * 0.425557, rel=1e-5)
+  assert star == pytest.approx(-2 * 0.425557, rel=1e-5)
+  assert star == pytest.approx(-(len(samples) / len(right)) * policy_gradient, rel=1e-6)
+
+
+def gradients(student, params, sequences, denominator):
+  batches, _ = packing.pack(sequences, 16, 2, 1)
+  grads, _, _ = student.gradients(params, batches, (denominator,))
+  return jax.tree.leaves(grads)
+
+
+def test_the_engine_has_the_same_gradient():
+  """The rows that `collect` stores under 'nll', against the experience under an indicator reward."""
+  policy = tiny.model()
+  params = policy.init(jax.random.key(1))
+  experience = tiny.experience([1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 2, 2], [3, 5, 2, 4, 6, 1])
+  algorithm = tiny.algorithm(
+    baseline='none', scale_rewards='none', surrogate='reinforce', loss_agg='seq_mean_token_sum'
+  )
+  weight_BT, denominator = algorithm.weights(experience)
+  aux = {'weight': weight_BT, 'adv': algorithm.advantages(experience)}
+  sampled = packing.sequences(experience.tokens_BT, experience.length_B, aux)
+  reinforce = tiny.make_learner(policy, params, learner.Term(algorithm.token_loss, None))
+  policy_gradient = gradients(reinforce, params, sampled, denominator)
+
+  kept = []
+  for row in np.flatnonzero(experience.reward_R):
+    tokens = experience.tokens_BT[row, : experience.length_B[row]].tolist()
+    start = int(experience.prompt_length_B[row])
+    meta = {records.TOKEN_IDS: tokens[start:]}
+    example = records.Example('t', 'train', 0, '', '', 'not encoded again', meta)
+    kept.append(data.supervised_sequence(None, tokens[:start], '', example, 16))
+  # 3 of 6 were kept; the supervised loss is a mean over their 3 + 2 + 6 tokens
+  trained = sum(seq.index_M.size for seq in kept)
+  assert trained == 11 and denominator == 6
+  supervised = tiny.make_learner(policy, params, learner.Term(learner.nll, None))
+  star = gradients(supervised, params, kept, float(trained))
+  assert max(float(jnp.abs(g).max()) for g in policy_gradient) > 0.01
+  for ours, theirs in zip(star, policy_gradient, strict=True):
+    np.testing.assert_allclose(ours * trained / 6, theirs, atol=1e-6)
