@@ -225,6 +225,27 @@ def reasoning_gym(dataset: str) -> ConfigDict:
   )
 
 
+def jsonl() -> ConfigDict:
+  """Problems of your own: rows {"problem": ..., "answer": ...}, see tasks/jsonl.py."""
+  return _files('jsonl')
+
+
+def gsm8k() -> ConfigDict:
+  """GSM8K's own files (arXiv 2110.14168): 7,473 and 1,319 rows. Needs the reward `gsm8k`."""
+  return _files('gsm8k')
+
+
+def commonsenseqa() -> ConfigDict:
+  """CommonsenseQA's own files (arXiv 1811.00937): 9,741 rows; its development file, 1,221 rows, is
+  the test. Needs the reward `commonsenseqa`."""
+  return _files('commonsenseqa')
+
+
+def _files(name: str) -> ConfigDict:
+  paths = {'train': '', 'test': ''}  # JSONL files; they are the splits
+  return ConfigDict({'name': name, 'seed': 0, **paths})  # the order of the rows
+
+
 def rewards(**weights: float) -> ConfigDict:
   """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
   fields = {
@@ -234,10 +255,12 @@ def rewards(**weights: float) -> ConfigDict:
       'require_stop': False,  # True: a completion cut off at its cap earns 0
     },
     'addition': {},  # the line after the scratchpad
+    'commonsenseqa': {},  # a first line that ends with '(b).'
     'countdown': {  # as in 'accuracy'
       'after_think': True,
       'require_stop': False,
     },
+    'gsm8k': {},  # what follows '####'
     'r1_format': {'allow_empty_think': False},
     'open_r1_format': {},
     'tag_count': {},

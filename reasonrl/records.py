@@ -19,6 +19,9 @@ ANSWER_OPEN, ANSWER_CLOSE = '<answer>', '</answer>'
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 # Key of Example.meta where equality with `answer` does not decide: names the reward that does.
 CHECKED_BY = 'checked_by'
+# Keys of Example.meta for hints, see `prompts.show_hint`: the problem with its answer in it, where
+# the task has its own form of that; True where `problem` shows the answer.
+HINTED, HINT_SHOWN = 'hinted', 'hint_shown'
 
 
 class UserError(ValueError):
@@ -35,11 +38,11 @@ class Stop(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One problem. (split, index) is its identity and reproduces it from the task of the run."""
+  """One problem; (split, index) is its identity."""
 
   task: str  # in a mixture: the member
   split: str  # 'train' | 'test'
-  index: int  # position in the random-access stream of the run's task
+  index: int  # position in the random-access stream of the run's task; of a file: the row
   problem: str  # what the user asks, before any prompt template
   answer: str  # the gold answer, or one of them
   solution: str | None  # a whole target completion, without EOS; None: the task has none

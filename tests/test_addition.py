@@ -150,8 +150,8 @@ def test_the_line_after_the_scratchpad_is_the_answer(text, right, trace):
 
 
 def test_what_is_kept_ends_with_the_answer_line():
-  assert reward.until_answer(SUM.solution + '\n\nInput:') == SUM.solution
-  assert reward.until_answer('</scratch>') is None
+  assert reward.Addition().trim(SUM.solution + '\n\nInput:') == SUM.solution
+  assert reward.Addition().trim('</scratch>') is None
 
 
 def test_solutions_are_right_and_other_sums_are_not():

@@ -2,13 +2,20 @@
 
 A task is a frozen dataclass with a field `seed`, a method `example(split, index) -> Example` (a
 pure function of the fields, the split and the index) and `symbols`, the strings that a tokenizer
-trained for it keeps whole. `splits` keeps train and test apart. A `mixture` is made of such tasks.
+trained for it keeps whole. `splits` keeps train and test apart; where examples are the rows of
+`files`, the files do. A `mixture` is made of such tasks.
+
+For few-shot prompts it may have `worked(example, count) -> list[Example]`: other examples with
+solutions, such as stand before this one; also a pure function.
 """
 
 from reasonrl.tasks import (
   addition,
   arithmetic,
+  commonsenseqa,
   countdown,
+  gsm8k,
+  jsonl,
   mixture,
   reasoning_gym,
   shuffled_objects,
@@ -21,4 +28,7 @@ TASKS = {
   'countdown': countdown.Countdown,
   'mixture': mixture.Mixture,
   'reasoning_gym': reasoning_gym.ReasoningGym,
+  'jsonl': jsonl.Jsonl,
+  'gsm8k': gsm8k.Gsm8k,
+  'commonsenseqa': commonsenseqa.CommonsenseQA,
 }
