@@ -132,6 +132,11 @@ def prompt(template: str) -> ConfigDict:
       'prefill': '',  # how the completion is made to begin, such as '<think>'
       'add_bos': False,
       'augmentations': (),  # names of prompts.AUGMENTATIONS, applied in order
+      # worked examples before the problem: '' = none, 'task' = the task's, or a text file of them,
+      # separated by blank lines
+      'few_shot': '',
+      'few_shot_hinted': '',  # that file for prompts that show a hint; '' = the same
+      'few_shot_count': 0,  # examples; 0 = all of the file. STaR: 10 ('task'), 7 and 6 (files)
       'max_length': 64,  # tokens; a longer prompt is an error
     }
   )

@@ -108,7 +108,8 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
     tables.lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations')
     for name in config.prompt.augmentations
   )
-  prompter = prompts.Prompter(**{**config.prompt, 'augmentations': augmentations})
+  built = {'augmentations': augmentations, 'worked': getattr(task, 'worked', None)}
+  prompter = tables.build(prompts.Prompter, config.prompt, **built)
   rewards = {}
   for name, fields in config.rewards.items():
     cls = tables.lookup(table['reward'], name, 'rewards')
