@@ -247,8 +247,14 @@ def commonsenseqa() -> ConfigDict:
 
 
 def _files(name: str) -> ConfigDict:
-  paths = {'train': '', 'test': ''}  # JSONL files; they are the splits
-  return ConfigDict({'name': name, 'seed': 0, **paths})  # the order of the rows
+  return ConfigDict(
+    {
+      'name': name,
+      'seed': 0,  # of the order of the rows
+      'train': '',  # a JSONL file; the files are the splits
+      'test': '',
+    }
+  )
 
 
 def rewards(**weights: float) -> ConfigDict:

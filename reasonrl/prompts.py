@@ -139,7 +139,7 @@ class Prompter:
         f'task {example.task!r} has {len(found)} worked examples for {example.split}/'
         f'{example.index}, but few_shot_count={self.few_shot_count}'
       )
-    return [(show_hint(shot) if shown else shot).problem + shot.solution for shot in found]
+    return [(records.show_hint(shot) if shown else shot).problem + shot.solution for shot in found]
 
   def render(
     self, tokenizer: tokenizers.Tokenizer, example: records.Example, few_shot: bool = True
@@ -170,22 +170,6 @@ class Prompter:
         f'but prompt.max_length={self.max_length}'
       )
     return ids
-
-
-def show_hint(example: records.Example) -> records.Example:
-  """The example with its answer in the problem, as STaR rationalises (arXiv 2203.14465).
-
-  In the task's own form, meta[HINTED], or in parentheses behind the problem. It replaces the
-  problem, so it comes before `Prompter.augment`.
-
-  Raises:
-    ValueError: the hint is already shown.
-  """
-  meta = example.meta
-  if meta.get(records.HINT_SHOWN):
-    raise ValueError(f'{example.task}/{example.split}/{example.index} already shows its hint')
-  problem = meta.get(records.HINTED, f'{example.problem} ({example.answer})')
-  return dataclasses.replace(example, problem=problem, meta={**meta, records.HINT_SHOWN: True})
 
 
 def read_shots(path: str, count: int) -> list[str]:

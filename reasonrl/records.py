@@ -19,8 +19,8 @@ ANSWER_OPEN, ANSWER_CLOSE = '<answer>', '</answer>'
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 # Key of Example.meta where equality with `answer` does not decide: names the reward that does.
 CHECKED_BY = 'checked_by'
-# Keys of Example.meta for hints, see `prompts.show_hint`: the problem with its answer in it, where
-# the task has its own form of that; True where `problem` shows the answer.
+# Keys of Example.meta for hints, see `show_hint`: the problem with its answer in it, where the task
+# has its own form of that; True where `problem` shows the answer.
 HINTED, HINT_SHOWN = 'hinted', 'hint_shown'
 
 
@@ -47,6 +47,21 @@ class Example:
   answer: str  # the gold answer, or one of them
   solution: str | None  # a whole target completion, without EOS; None: the task has none
   meta: dict[str, Any]  # JSON-able facts: difficulty, prompt augmentations, ...
+
+
+def show_hint(example: Example) -> Example:
+  """The example with its answer shown in the problem: meta[HINTED], else 'problem (answer)'.
+
+  For rationalisation (STaR, arXiv 2203.14465). It replaces the problem, and so what an augmentation
+  has made of it.
+
+  Raises:
+    ValueError: it is shown already.
+  """
+  if HINT_SHOWN in example.meta:
+    raise ValueError(f'{example.task}/{example.split}/{example.index} shows its hint already')
+  problem = example.meta.get(HINTED, f'{example.problem} ({example.answer})')
+  return dataclasses.replace(example, problem=problem, meta={**example.meta, HINT_SHOWN: True})
 
 
 @dataclasses.dataclass(frozen=True)

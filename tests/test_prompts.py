@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonrl import prompts, records, tokenizers
-from reasonrl.tasks import TASKS, addition
+from reasonrl.tasks import TASKS
 
 BYTES = tokenizers.Bytes()
 FIXTURE = pathlib.Path(__file__).parent / 'fixtures' / 'smollm2_logits.npz'
@@ -183,46 +183,46 @@ def of_row(tmp_path, name, row):
   return TASKS[name](0, str(path), str(path)).example('train', 0)
 
 
-def a_sum(first, second, hinted, answer):
-  """A sum of STaR's, with its scratchpad."""
-  lines = addition.scratchpad(first, second)
-  problem = f'Input:\n{" ".join(first)} + {" ".join(second)}\nTarget:'
-  solution = '\n'.join(['', '<scratch>', *lines, '</scratch>', answer])
-  meta = {records.HINTED: f'{problem} {lines[-1]}'} if hinted else {}
+def a_sum(text, hint, answer):
+  """The example of a whole text of STaR's."""
+  problem, solution = text[: text.index(':', 8) + 1], text[text.index(':', 8) + 1 :]
+  meta = {records.HINTED: f'{problem} {hint}'}
   return records.Example('addition', 'train', 0, problem, answer, solution, meta)
 
 
 # Two examples of the paper's gen_sums.py and the beginning of a third.
-SUMS = (
+FIRST = (
   'Input:\n6 2 + 2 5\nTarget:\n<scratch>\n6 2 + 2 5 , C: 0\n6 + 2 , 7 C: 0\n, 8 7 C: 0\n'
-  '0 8 7\n</scratch>\n8 7\n\n'
-  'Input:\n1 7 + 4 8\nTarget:\n<scratch>\n1 7 + 4 8 , C: 0\n1 + 4 , 5 C: 1\n, 6 5 C: 0\n'
-  '0 6 5\n</scratch>\n6 5\n\n'
-  'Input:\n3 0 + 8 0\nTarget:'
+  '0 8 7\n</scratch>\n8 7'
 )
-POOL = [a_sum('62', '25', True, '8 7'), a_sum('17', '48', True, '6 5'), a_sum('99', '10', True, '')]
+SECOND = (
+  'Input:\n1 7 + 4 8\nTarget:\n<scratch>\n1 7 + 4 8 , C: 0\n1 + 4 , 5 C: 1\n, 6 5 C: 0\n'
+  '0 6 5\n</scratch>\n6 5'
+)
+LAST = 'Input:\n3 0 + 8 0\nTarget:'
 
 
 def test_sums_of_the_task_before_a_sum():
-  asked = []
+  pool = [a_sum(FIRST, '0 8 7', '8 7'), a_sum(SECOND, '0 6 5', '6 5')]
+  last, asked = a_sum(LAST, '1 1 0', '1 1 0'), []
 
   def worked(example, count):
     asked.append(example)
-    return POOL[:count]
+    return pool[:count]
 
   shaped = prompter('plain', few_shot='task', few_shot_count=2, worked=worked)
-  last = a_sum('30', '80', True, '1 1 0')
-  assert text_of(shaped, last) == SUMS
-  assert text_of(shaped, prompts.show_hint(last)) == (
-    SUMS.replace('Target:\n<scratch>\n6', 'Target: 0 8 7\n<scratch>\n6').replace(
-      'Target:\n<scratch>\n1', 'Target: 0 6 5\n<scratch>\n1'
-    )
-    + ' 1 1 0'
+  assert text_of(shaped, last) == f'{FIRST}\n\n{SECOND}\n\n{LAST}'
+  assert text_of(shaped, records.show_hint(last)) == (
+    'Input:\n6 2 + 2 5\nTarget: 0 8 7\n<scratch>\n6 2 + 2 5 , C: 0\n6 + 2 , 7 C: 0\n, 8 7 C: 0\n'
+    '0 8 7\n</scratch>\n8 7\n\n'
+    'Input:\n1 7 + 4 8\nTarget: 0 6 5\n<scratch>\n1 7 + 4 8 , C: 0\n1 + 4 , 5 C: 1\n, 6 5 C: 0\n'
+    '0 6 5\n</scratch>\n6 5\n\n'
+    'Input:\n3 0 + 8 0\nTarget: 1 1 0'
   )
-  assert asked == [last, prompts.show_hint(last)]
-  assert text_of(shaped, last, few_shot=False) == 'Input:\n3 0 + 8 0\nTarget:'
-  few = prompter('plain', few_shot='task', few_shot_count=4, worked=worked)
-  with pytest.raises(records.UserError, match="'addition' has 3 worked .*few_shot_count=4"):
+  assert asked == [last, records.show_hint(last)]
+  assert text_of(shaped, last, few_shot=False) == LAST
+  few = prompter('plain', few_shot='task', few_shot_count=3, worked=worked)
+  with pytest.raises(records.UserError, match="'addition' has 2 worked .*few_shot_count=3"):
     few.render(BYTES, last)
 
 
@@ -268,10 +268,10 @@ def test_files_of_worked_examples(tmp_path, name, row, shots, hints, plain, hint
     paths.append(str(tmp_path / file))
   both = prompter('plain', few_shot=paths[0], few_shot_hinted=paths[1])
   assert text_of(both, example) == shots.format(*none) + plain
-  assert text_of(both, prompts.show_hint(example)) == shots.format(*hints) + hinted
-  assert text_of(both, prompts.show_hint(example), few_shot=False) == hinted.lstrip()
+  assert text_of(both, records.show_hint(example)) == shots.format(*hints) + hinted
+  assert text_of(both, records.show_hint(example), few_shot=False) == hinted.lstrip()
   same = prompter('plain', few_shot=paths[0])
-  assert text_of(same, prompts.show_hint(example)) == shots.format(*none) + hinted
+  assert text_of(same, records.show_hint(example)) == shots.format(*none) + hinted
 
 
 def test_worked_examples_are_verbatim_and_counted(tmp_path):
@@ -317,15 +317,6 @@ def test_bad_worked_examples(tmp_path, content, changes, message):
     path.write_text(content, encoding='latin-1')
   with pytest.raises(records.UserError, match=message):
     prompter('plain', **{'few_shot': str(path)} | changes)
-
-
-def test_a_hint_in_a_text_problem_stands_in_parentheses_behind_it():
-  shown = prompts.show_hint(example('7 + 5?'))
-  assert shown == dataclasses.replace(
-    example('7 + 5?'), problem='7 + 5? (12)', meta={records.HINT_SHOWN: True}
-  )
-  with pytest.raises(ValueError, match='sums/train/7 already shows its hint'):
-    prompts.show_hint(shown)
 
 
 @pytest.fixture(scope='module')
