@@ -132,6 +132,11 @@ def prompt(template: str) -> ConfigDict:
       'prefill': '',  # how the completion is made to begin, such as '<think>'
       'add_bos': False,
       'augmentations': (),  # names of prompts.AUGMENTATIONS, applied in order
+      # worked examples before the problem: '' = none, 'task' = the task's, or a text file of them,
+      # separated by blank lines
+      'few_shot': '',
+      'few_shot_hinted': '',  # that file for prompts that show a hint; '' = the same
+      'few_shot_count': 0,  # examples; 0 = all of the file. STaR: 10 ('task'), 7 and 6 (files)
       'max_length': 64,  # tokens; a longer prompt is an error
     }
   )
@@ -231,6 +236,33 @@ def reasoning_gym(dataset: str) -> ConfigDict:
   )
 
 
+def jsonl() -> ConfigDict:
+  """Problems of your own: rows {"problem": ..., "answer": ...}, see tasks/jsonl.py."""
+  return _files('jsonl')
+
+
+def gsm8k() -> ConfigDict:
+  """GSM8K's own files (arXiv 2110.14168): 7,473 and 1,319 rows. Needs the reward `gsm8k`."""
+  return _files('gsm8k')
+
+
+def commonsenseqa() -> ConfigDict:
+  """CommonsenseQA's own files (arXiv 1811.00937): 9,741 rows; its development file, 1,221 rows, is
+  the test. Needs the reward `commonsenseqa`."""
+  return _files('commonsenseqa')
+
+
+def _files(name: str) -> ConfigDict:
+  return ConfigDict(
+    {
+      'name': name,
+      'seed': 0,  # of the order of the rows
+      'train': '',  # a JSONL file; the files are the splits
+      'test': '',
+    }
+  )
+
+
 def rewards(**weights: float) -> ConfigDict:
   """Reward name -> its weight and fields, e.g. rewards(accuracy=1.0, r1_format=1.0)."""
   fields = {
@@ -240,10 +272,12 @@ def rewards(**weights: float) -> ConfigDict:
       'require_stop': False,  # True: a completion cut off at its cap earns 0
     },
     'addition': {},  # the line after the scratchpad
+    'commonsenseqa': {},  # a first line that ends with '(b).'
     'countdown': {  # as in 'accuracy'
       'after_think': True,
       'require_stop': False,
     },
+    'gsm8k': {},  # what follows '####'
     'r1_format': {'allow_empty_think': False},
     'open_r1_format': {},
     'tag_count': {},
@@ -287,6 +321,7 @@ def supervised(learning_rate: float) -> ConfigDict:
       'steps_growth': 1.0,
       'steps_added': 0,
       'loss': 'nll',
+      'few_shot': False,  # whether rows begin with the worked examples of prompt.few_shot
       'examples_per_step': 128,
       'row_length': 128,  # tokens of a packed row
       'rows_per_batch': 8,  # packed rows of a micro-batch: few enough to stay in a CPU's cache

@@ -168,7 +168,7 @@ def _by_value(field: str, experience: types.Experience, right_P) -> dict[str, fl
   mine = [experience.examples[r].meta[field] for r in first]
   values = [value for problem in zip(*sharding.gather(mine), strict=True) for value in problem]
   return {
-    f'accuracy/{field}={each}': float(np.mean([r for r, v in zip(right_P, values) if v == each]))
+    f'accuracy/{field}={each}': float(right_P[[value == each for value in values]].mean())
     for each in sorted(set(values))
   }
 

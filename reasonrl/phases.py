@@ -1,4 +1,4 @@
-"""The phases of a run: their order and lengths, and where their parameters and datasets are kept."""
+"""The phases of a run: order and lengths, and where their parameters and datasets are kept."""
 
 from __future__ import annotations
 

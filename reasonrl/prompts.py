@@ -2,8 +2,12 @@
 
 1. `Prompter.augment` rewrites an example where asked (a length target, a hint): once per example,
    so that all samples of a group and their rewards see the same `meta`.
-2. A template lays the problem out as segments of trusted and untrusted text.
-3. `Prompter.render` encodes them: what a problem contains can never become a turn mark.
+2. `Prompter.shots` are worked examples, from a file or the task, that stand before the problem.
+3. A template lays both out as segments of trusted and untrusted text.
+4. `Prompter.render` encodes them: what a problem contains can never become a turn mark.
+
+A file of worked examples is that of STaR (arXiv 2203.14465): separated by blank lines and used
+verbatim, so none of them can contain a blank line.
 
 Left out on purpose: several turns (an environment appends token ids; it never renders again) and
 truncation (a prompt that is too long is an error).
@@ -14,7 +18,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
+import pathlib
 from collections.abc import Callable
 
 import jinja2
@@ -40,6 +46,8 @@ R1_ZERO = (
 # Some chat templates print today's date; prompts must not change from one day to the next.
 TODAY = datetime.datetime(2024, 7, 26)
 
+TASK = 'task'  # value of few_shot
+
 # Stands for the problem while a chat template is rendered. Private use: no template contains it.
 _PLACEHOLDER = '\ue000problem\ue000'
 
@@ -56,6 +64,14 @@ class Prompter:
     add_bos: start with the tokenizer's BOS; not with 'chat', whose template writes its own.
     max_length: the most tokens a prompt may have: the sampler's window less the completion.
     augmentations: applied in order by `augment`.
+    few_shot: '' = no worked examples, 'task' = those of `worked`, else the path of a text file.
+    few_shot_hinted: path of the file for examples that show their hint; '' = the same.
+    few_shot_count: worked examples in a prompt; 0 = all of the file.
+    worked: (example, count) -> solved examples to stand before it, those of the task; None: the
+      task has none. Where the example shows its hint, so do they.
+
+  Raises:
+    UserError: a field is none of these, or a file cannot be read or has too few examples.
   """
 
   template: str
@@ -64,6 +80,10 @@ class Prompter:
   add_bos: bool
   max_length: int
   augmentations: tuple[Augmentation, ...]
+  few_shot: str
+  few_shot_hinted: str
+  few_shot_count: int
+  worked: Callable[[records.Example, int], list[records.Example]] | None
 
   def __post_init__(self):
     if self.template not in TEMPLATES:
@@ -77,6 +97,18 @@ class Prompter:
       raise records.UserError(
         f"system={self.system!r} needs template 'chat', not {self.template!r}"
       )
+    if self.few_shot_hinted and self.few_shot in ('', TASK):
+      raise records.UserError(
+        f'few_shot_hinted={self.few_shot_hinted!r} needs a file in few_shot, not {self.few_shot!r}'
+      )
+    if self.few_shot == TASK and self.worked is None:
+      raise records.UserError("few_shot='task', but this task has no worked examples: give a file")
+    least = 1 if self.few_shot == TASK else 0
+    if self.few_shot_count < least:
+      raise records.UserError(
+        f'few_shot_count={self.few_shot_count}: at least {least} with few_shot={self.few_shot!r}'
+      )
+    _ = self._files  # read now: a bad file stops the run at its start
 
   def augment(self, seed: int, example: records.Example) -> records.Example:
     """The example that task, reward and transcript will see; a pure function of its arguments."""
@@ -84,19 +116,52 @@ class Prompter:
       example = augmentation(seed, example)
     return example
 
-  def render(self, tokenizer: tokenizers.Tokenizer, example: records.Example) -> list[int]:
+  @functools.cached_property
+  def _files(self) -> dict[bool, list[str]]:
+    """The worked examples of the files, for prompts without and with a hint."""
+    if self.few_shot in ('', TASK):
+      return {}
+    paths = {False: self.few_shot, True: self.few_shot_hinted or self.few_shot}
+    return {shown: read_shots(path, self.few_shot_count) for shown, path in paths.items()}
+
+  def shots(self, example: records.Example) -> list[str]:
+    """The worked examples that stand before an example.
+
+    Raises:
+      UserError: the task has fewer than `few_shot_count`.
+    """
+    shown = example.meta.get(records.HINT_SHOWN, False)
+    if self.few_shot != TASK:
+      return self._files.get(shown, [])
+    found = self.worked(example, self.few_shot_count)
+    if len(found) < self.few_shot_count:
+      raise records.UserError(
+        f'task {example.task!r} has {len(found)} worked examples for {example.split}/'
+        f'{example.index}, but few_shot_count={self.few_shot_count}'
+      )
+    return [(records.show_hint(shot) if shown else shot).problem + shot.solution for shot in found]
+
+  def render(
+    self, tokenizer: tokenizers.Tokenizer, example: records.Example, few_shot: bool = True
+  ) -> list[int]:
     """Token ids of the (already augmented) example's prompt, prefill included.
+
+    Args:
+      tokenizer: of the policy.
+      example: its problem is rendered; `meta` says whether that shows a hint.
+      few_shot: False leaves the worked examples out.
 
     Raises:
       UserError: the prompt is longer than `max_length`; the tokenizer lacks the BOS or the chat
-        template that is asked for; the chat template fails or drops the problem.
+        template that is asked for; the chat template fails or drops the problem; `shots`.
     """
     ids = []
     if self.add_bos:
       if tokenizer.bos_id is None:
         raise records.UserError('add_bos=True, but the tokenizer has no BOS')
       ids.append(tokenizer.bos_id)
-    segments = TEMPLATES[self.template](tokenizer, self.system, example.problem)
+    problem = '\n\n'.join([*(self.shots(example) if few_shot else ()), example.problem])
+    segments = TEMPLATES[self.template](tokenizer, self.system, problem)
     for text, trusted in (*segments, (self.prefill, True)):
       ids += tokenizer.encode(text) if trusted else tokenizer.encode_user(text)
     if len(ids) > self.max_length:
@@ -105,6 +170,25 @@ class Prompter:
         f'but prompt.max_length={self.max_length}'
       )
     return ids
+
+
+def read_shots(path: str, count: int) -> list[str]:
+  """The first `count` worked examples of a text file (its format: see above); 0 = all.
+
+  Raises:
+    UserError: it cannot be read, or has fewer or none.
+  """
+  try:
+    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as error:
+    raise records.UserError(f'cannot read the worked examples: {error}') from None
+  blocks = itertools.groupby(text.split('\n'), key=lambda line: bool(line.strip()))
+  shots = ['\n'.join(lines) for filled, lines in blocks if filled]
+  if len(shots) < max(count, 1):
+    raise records.UserError(
+      f'{path!r} has {len(shots)} worked examples (blocks between blank lines), not {max(count, 1)}'
+    )
+  return shots[: count or None]
 
 
 def plain(tokenizer: tokenizers.Tokenizer, system: str, problem: str) -> list[Segment]:

@@ -19,8 +19,8 @@ ANSWER_OPEN, ANSWER_CLOSE = '<answer>', '</answer>'
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 # Key of Example.meta where equality with `answer` does not decide: names the reward that does.
 CHECKED_BY = 'checked_by'
-# Keys of Example.meta for rationalisation (STaR, arXiv 2203.14465): the whole problem with the answer
-# shown as a hint, where a task has a form of its own; and whether `problem` shows it.
+# Keys of Example.meta for hints, see `show_hint`: the problem with its answer in it, where the task
+# has its own form of that; True where `problem` shows the answer.
 HINTED, HINT_SHOWN = 'hinted', 'hint_shown'
 # Key of Example.meta: the ids of the solution as they were sampled, EOS included. They are what is
 # learned: encoding the text again may give other ids.
@@ -41,11 +41,11 @@ class Stop(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One problem. (split, index) is its identity and reproduces it from the task of the run."""
+  """One problem; (split, index) is its identity."""
 
   task: str  # in a mixture: the member
   split: str  # 'train' | 'test'
-  index: int  # position in the random-access stream of the run's task
+  index: int  # position in the random-access stream of the run's task; of a file: the row
   problem: str  # what the user asks, before any prompt template
   answer: str  # the gold answer, or one of them
   solution: str | None  # a whole target completion, without EOS; None: the task has none
@@ -54,6 +54,9 @@ class Example:
 
 def show_hint(example: Example) -> Example:
   """The example with its answer shown in the problem: meta[HINTED], else 'problem (answer)'.
+
+  For rationalisation (STaR, arXiv 2203.14465). It replaces the problem, and so what an augmentation
+  has made of it.
 
   Raises:
     ValueError: it is shown already.

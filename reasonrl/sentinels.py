@@ -143,7 +143,8 @@ def _verifier(row, facts):
 
 
 def _finite(row, facts):
-  return '' if row.get('finite', 1) else 'the loss or a gradient was not finite: the step was skipped'
+  bad = not row.get('finite', 1)  # which a step without an update does not have
+  return 'the loss or a gradient was not finite: the step was skipped' if bad else ''
 
 
 SENTINELS = (

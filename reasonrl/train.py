@@ -170,7 +170,9 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   start, position, evaluated = saved['step'], saved['data'], saved['evaluated']
 
   # ---- this phase's learner, state and data
-  read_from = {n: phases.dataset(path, order, phases.before(order, index, n)) for n in phase.datasets}
+  read_from = {
+    n: phases.dataset(path, order, phases.before(order, index, n)) for n in phase.datasets
+  }
   source = section.init
   for n, dataset in read_from.items():
     if not sharding.agree(dataset.stat().st_size):

@@ -65,8 +65,9 @@ class Setup:
 
   def supervised_sequence(self, example, section) -> types.Sequence:
     """An example's prompt and solution as a row of that supervised section."""
-    prompt, prefill = self.prompt(example), self.prompter.prefill
-    return data.supervised_sequence(self.tokenizer, prompt, prefill, example, section.row_length)
+    prompt = self.prompter.render(self.tokenizer, example, section.few_shot)
+    prefill, row_length = self.prompter.prefill, section.row_length
+    return data.supervised_sequence(self.tokenizer, prompt, prefill, example, row_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,8 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
     tables.lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations')
     for name in config.prompt.augmentations
   )
-  prompter = prompts.Prompter(**{**config.prompt, 'augmentations': augmentations})
+  built = {'augmentations': augmentations, 'worked': getattr(task, 'worked', None)}
+  prompter = tables.build(prompts.Prompter, config.prompt, **built)
   rewards = {}
   for name, fields in config.rewards.items():
     cls = tables.lookup(table['reward'], name, 'rewards')

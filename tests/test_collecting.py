@@ -13,7 +13,6 @@ import pytest
 from reasonrl import (
   checkpoint,
   collecting,
-  evaluation,
   logs,
   parameters,
   phases,

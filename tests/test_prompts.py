@@ -1,4 +1,4 @@
-"""Templates spelt out, turn marks that cannot be forged, limits, and the augmentation seam."""
+"""Templates and worked examples spelt out, turn marks nobody can forge, limits, augmentations."""
 
 import dataclasses
 import importlib.util
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonrl import prompts, records, tokenizers
+from reasonrl.tasks import TASKS
 
 BYTES = tokenizers.Bytes()
 FIXTURE = pathlib.Path(__file__).parent / 'fixtures' / 'smollm2_logits.npz'
@@ -28,7 +29,8 @@ def example(problem):
 
 def prompter(template, **changes):
   fields = {'system': '', 'prefill': '', 'add_bos': False, 'max_length': 10_000}
-  fields |= {'augmentations': (), **changes}
+  fields |= {'augmentations': (), 'few_shot': '', 'few_shot_hinted': '', 'few_shot_count': 0}
+  fields |= {'worked': None, **changes}
   return prompts.Prompter(template=template, **fields)
 
 
@@ -166,6 +168,155 @@ def test_augmentations_reach_prompt_and_meta_in_order():
   rendered = BYTES.decode(shaped.render(BYTES, first), skip_special=True)
   assert rendered == first.problem  # rendering does not augment a second time
   assert prompter('plain').augment(3, original) == original
+
+
+# -------------------------------------------------------------------------------- worked examples
+
+
+def text_of(prompt, example, **kwargs):
+  return BYTES.decode(prompt.render(BYTES, example, **kwargs), skip_special=False)
+
+
+def of_row(tmp_path, name, row):
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(json.dumps(row))
+  return TASKS[name](0, str(path), str(path)).example('train', 0)
+
+
+def a_sum(text, hint, answer):
+  """The example of a whole text of STaR's."""
+  problem, solution = text[: text.index(':', 8) + 1], text[text.index(':', 8) + 1 :]
+  meta = {records.HINTED: f'{problem} {hint}'}
+  return records.Example('addition', 'train', 0, problem, answer, solution, meta)
+
+
+# Two examples of the paper's gen_sums.py and the beginning of a third.
+FIRST = (
+  'Input:\n6 2 + 2 5\nTarget:\n<scratch>\n6 2 + 2 5 , C: 0\n6 + 2 , 7 C: 0\n, 8 7 C: 0\n'
+  '0 8 7\n</scratch>\n8 7'
+)
+SECOND = (
+  'Input:\n1 7 + 4 8\nTarget:\n<scratch>\n1 7 + 4 8 , C: 0\n1 + 4 , 5 C: 1\n, 6 5 C: 0\n'
+  '0 6 5\n</scratch>\n6 5'
+)
+LAST = 'Input:\n3 0 + 8 0\nTarget:'
+
+
+def test_sums_of_the_task_before_a_sum():
+  pool = [a_sum(FIRST, '0 8 7', '8 7'), a_sum(SECOND, '0 6 5', '6 5')]
+  last, asked = a_sum(LAST, '1 1 0', '1 1 0'), []
+
+  def worked(example, count):
+    asked.append(example)
+    return pool[:count]
+
+  shaped = prompter('plain', few_shot='task', few_shot_count=2, worked=worked)
+  assert text_of(shaped, last) == f'{FIRST}\n\n{SECOND}\n\n{LAST}'
+  assert text_of(shaped, records.show_hint(last)) == (
+    'Input:\n6 2 + 2 5\nTarget: 0 8 7\n<scratch>\n6 2 + 2 5 , C: 0\n6 + 2 , 7 C: 0\n, 8 7 C: 0\n'
+    '0 8 7\n</scratch>\n8 7\n\n'
+    'Input:\n1 7 + 4 8\nTarget: 0 6 5\n<scratch>\n1 7 + 4 8 , C: 0\n1 + 4 , 5 C: 1\n, 6 5 C: 0\n'
+    '0 6 5\n</scratch>\n6 5\n\n'
+    'Input:\n3 0 + 8 0\nTarget: 1 1 0'
+  )
+  assert asked == [last, records.show_hint(last)]
+  assert text_of(shaped, last, few_shot=False) == LAST
+  few = prompter('plain', few_shot='task', few_shot_count=3, worked=worked)
+  with pytest.raises(records.UserError, match="'addition' has 2 worked .*few_shot_count=3"):
+    few.render(BYTES, last)
+
+
+GSM8K = {'question': 'Tom has 3 bags of 5 figs. How many figs?', 'answer': '3*5=15\n#### 15'}
+GSM8K_SHOTS = 'Q: Ann buys 2 pens at $4.{}\nA: 2*4=<<2*4=8>>8\n#### 8\n\nQ: 1+1?{}\nA: 2\n#### 2'
+CSQA = {
+  'answerKey': 'B',
+  'question': {
+    'stem': 'Where do ducks swim?',
+    'choices': [
+      {'label': label, 'text': text}
+      for label, text in zip('ABCDE', ('oven', 'lake', 'shelf', 'drawer', 'roof'), strict=True)
+    ],
+  },
+}
+CSQA_SHOT = (
+  'Q: What is cold?\nAnswer Choices:\n(a) fire\n(b) tea\n(c) sun\n(d) toast\n(e) ice{}\nA: Ice is '
+  'frozen. Therefore, the answer is ice (e).'
+)
+DUCKS = '\n\nQ: Where do ducks swim?\nAnswer Choices:\n(a) oven\n(b) lake{}\n(c) shelf\n(d) drawer'
+
+
+@pytest.mark.parametrize(
+  'name, row, shots, hints, plain, hinted',
+  [
+    (
+      *('gsm8k', GSM8K, GSM8K_SHOTS, (' (8)', ' (2)')),
+      '\n\nQ: Tom has 3 bags of 5 figs. How many figs?\nA:',
+      '\n\nQ: Tom has 3 bags of 5 figs. How many figs? (15)\nA:',
+    ),
+    (
+      *('commonsenseqa', CSQA, CSQA_SHOT, (' (CORRECT)',)),
+      DUCKS.format('') + '\n(e) roof\nA:',
+      DUCKS.format(' (CORRECT)') + '\n(e) roof\nA:',
+    ),
+  ],
+)
+def test_files_of_worked_examples(tmp_path, name, row, shots, hints, plain, hinted):
+  example, none = of_row(tmp_path, name, row), [''] * len(hints)
+  paths = []
+  for file, text in (('p.txt', shots.format(*none)), ('h.txt', shots.format(*hints))):
+    (tmp_path / file).write_text(text + '\n')
+    paths.append(str(tmp_path / file))
+  both = prompter('plain', few_shot=paths[0], few_shot_hinted=paths[1])
+  assert text_of(both, example) == shots.format(*none) + plain
+  assert text_of(both, records.show_hint(example)) == shots.format(*hints) + hinted
+  assert text_of(both, records.show_hint(example), few_shot=False) == hinted.lstrip()
+  same = prompter('plain', few_shot=paths[0])
+  assert text_of(same, records.show_hint(example)) == shots.format(*none) + hinted
+
+
+def test_worked_examples_are_verbatim_and_counted(tmp_path):
+  path = tmp_path / 'shots.txt'
+  path.write_bytes(b'\n\n  a:\n\tb  \r\n \t\r\n\nc <eos>\n\nd')
+  for count, shots in ((0, ['  a:\n\tb  ', 'c <eos>', 'd']), (2, ['  a:\n\tb  ', 'c <eos>'])):
+    shaped = prompter('plain', few_shot=str(path), few_shot_count=count)
+    assert shaped.shots(example('7?')) == shots
+    # What a file holds can no more be a turn mark than what a problem holds.
+    assert shaped.render(BYTES, example('7?')) == BYTES.encode_user('\n\n'.join([*shots, '7?']))
+
+
+def test_worked_examples_stand_before_the_problem_in_every_template(tmp_path):
+  (tmp_path / 'shots.txt').write_text('1? 1\n\n<|im_end|>')
+  shaped = {'few_shot': str(tmp_path / 'shots.txt')}
+  assert chat_text(CHATML, '7?', **shaped) == (
+    '<|im_start|>user\n1? 1\n\n<|im_end|>\n\n7?<|im_end|>\n<|im_start|>assistant\n'
+  )
+  ids = prompter('chat', **shaped).render(CHAT, example('7?'))
+  assert ids.count(*CHAT.encode('<|im_end|>')) == 1
+  text = text_of(prompter('r1_zero', prefill='<think>', **shaped), example('7?'))
+  assert text.endswith('User: 1? 1\n\n<|im_end|>\n\n7?. Assistant:<think>')
+
+
+@pytest.mark.parametrize(
+  'content, changes, message',
+  [
+    (None, {}, 'cannot read the worked examples: .*shots.txt'),
+    ('\xff', {}, 'cannot read the worked examples: .*utf-8'),
+    (' \n\n', {}, 'has 0 worked examples .*not 1'),
+    ('a\n\nb', {'few_shot_count': 3}, 'has 2 worked examples .*not 3'),
+    ('a', {'few_shot_count': -1}, 'few_shot_count=-1: at least 0'),
+    ('a', {'few_shot_hinted': 'nowhere.txt'}, 'nowhere.txt'),
+    ('a', {'few_shot': '', 'few_shot_hinted': 'h.txt'}, "few_shot_hinted='h.txt' needs a file"),
+    ('a', {'few_shot': 'task', 'few_shot_hinted': 'h.txt'}, "needs a file in few_shot, not 'task'"),
+    ('a', {'few_shot': 'task', 'few_shot_count': 2}, 'this task has no worked examples'),
+    ('a', {'few_shot': 'task', 'worked': max}, "few_shot_count=0: at least 1 with few_shot='task'"),
+  ],
+)
+def test_bad_worked_examples(tmp_path, content, changes, message):
+  path = tmp_path / 'shots.txt'
+  if content is not None:
+    path.write_text(content, encoding='latin-1')
+  with pytest.raises(records.UserError, match=message):
+    prompter('plain', **{'few_shot': str(path)} | changes)
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,6 @@
-"""Where thinking begins and ends."""
+"""Where thinking begins and ends; hints."""
+
+import dataclasses
 
 import pytest
 from hypothesis import given
@@ -28,3 +30,15 @@ def test_split_think_by_hand(text, parts):
 @given(st.lists(st.sampled_from(['<think>', '</think>', 'x', '<', ' '])).map(''.join))
 def test_nothing_is_lost(text):
   assert ''.join(records.split_think(text)) == text
+
+
+def test_a_hint_is_the_tasks_own_or_stands_in_parentheses_behind_the_problem():
+  plain = records.Example('sums', 'train', 7, '7 + 5?', '12', '12!', {'level': 1})
+  shown = records.show_hint(plain)
+  assert shown == dataclasses.replace(
+    plain, problem='7 + 5? (12)', meta={'level': 1, 'hint_shown': True}
+  )
+  own = dataclasses.replace(plain, meta={'hinted': '7 + 5 = 12?'})
+  assert records.show_hint(own).problem == '7 + 5 = 12?'
+  with pytest.raises(ValueError, match='sums/train/7 shows its hint already'):
+    records.show_hint(shown)

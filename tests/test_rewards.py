@@ -16,7 +16,9 @@ from reasonrl.rewards import REWARDS, answer, votes
 FIELDS = {
   'accuracy': dict(after_think=True, extraction='strict', require_stop=True),
   'addition': dict(),
+  'commonsenseqa': dict(),
   'countdown': dict(after_think=True, require_stop=True),
+  'gsm8k': dict(),
   'r1_format': dict(allow_empty_think=False),
   'open_r1_format': dict(),
   'tag_count': dict(),
@@ -31,6 +33,8 @@ def make(name, **changes):
 # What the rewards of one task read, so that no string reaches them in vain.
 META = {
   'addition': {'checked_by': 'addition'},
+  'commonsenseqa': {'checked_by': 'commonsenseqa'},
+  'gsm8k': {'checked_by': 'gsm8k'},
   'countdown': {'checked_by': 'countdown', 'numbers': '1 9', 'target': 9, 'operations': '+-*/'},
 }
 
@@ -326,7 +330,7 @@ def test_rewards_are_plain_values(name):
 
 fragments = st.sampled_from(
   [*records.TAGS, '\\boxed{', '\\boxed', '{', '}', '\\{', '####', '\\frac', '\\frac{1}{', '\\text{']
-  + ['1/0', *'$%,.-/019٣ \n\r\x00\ud800\\', *'()+*', '</scratch>', '1*9']
+  + ['1/0', *'$%,.-/019٣ \n\r\x00\ud800\\', *'()+*', '</scratch>', '1*9', '(e).']
 )
 strings = st.text() | st.lists(fragments | st.text(max_size=3), max_size=30).map(''.join)
 
@@ -343,7 +347,7 @@ def test_no_string_makes_a_reward_raise(name, text, gold, stop):
     text = f'<think></think><answer>{text}</answer>'
   for reward in variants:
     score = reward(example(gold, name), completion(text, stop))
-    assert (score.value is None) <= (name == 'accuracy')
+    assert (score.value is None) <= (name in ('accuracy', 'gsm8k'))
     assert score.value is None or 0 <= score.value <= 1
     assert score.token_values is None
 
@@ -394,6 +398,19 @@ def test_no_string_takes_a_reward_50_ms(name, attack):
       reward(example(name=name), sampled)
       times.append(time.thread_time() - start)
     assert min(times) < 0.05
+
+
+@every
+@hypothesis.given(text=strings)
+def test_what_is_kept_begins_the_text_and_ends_with_the_answer(name, text):
+  reward = make(name)
+  if not hasattr(reward, 'trim'):
+    return
+  kept, said = reward.trim(text), reward.answer(completion(text))
+  assert (kept is None) == (said is None)
+  if kept is not None:
+    assert text.startswith(kept) and reward.trim(kept) == kept
+    assert reward.answer(completion(kept)) == said
 
 
 def test_votes_by_hand():

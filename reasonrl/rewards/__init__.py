@@ -4,6 +4,9 @@ A reward is a frozen, picklable dataclass called with (example, completion), or 
 whole group if its class says `group = True`; it returns a Score or a list of them. It is pure,
 takes linear time and raises on no string. `rewarding.Pool` runs it in a process that can be killed.
 
+It may have the methods `answer(completion)`, what that votes for (see `votes`), and `trim(text)`, a
+completion up to and including its answer (nobody should learn from what follows); None: no answer.
+
 A reward that needs the models (a reward model, an information gain) has instead
 
     batch(tools, state, experience) -> types.BatchScore
@@ -13,12 +16,14 @@ the environment ('params', 'ema', 'version'; in training also 'ref' if the algor
 `tools.score(params, experience)` gives log-probabilities.
 """
 
-from reasonrl.rewards import addition, answer, countdown, format, overlong
+from reasonrl.rewards import addition, answer, commonsenseqa, countdown, format, gsm8k, overlong
 
 REWARDS = {
   'accuracy': answer.Accuracy,
   'addition': addition.Addition,
+  'commonsenseqa': commonsenseqa.CommonsenseQA,
   'countdown': countdown.Countdown,
+  'gsm8k': gsm8k.Gsm8k,
   'r1_format': format.R1Format,
   'open_r1_format': format.OpenR1Format,
   'tag_count': format.TagCount,

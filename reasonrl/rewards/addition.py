@@ -32,7 +32,7 @@ class Addition:
     return None if found is None else found.rpartition('\n')[2]
 
   def trim(self, text: str) -> str | None:
-    """The completion up to and including its answer line: what STaR keeps of it.
+    """A completion up to and including its answer line, which is what STaR keeps of it.
 
     The answer is the line after the first line '</scratch>', as in the paper's code; where there is
     no such line, the first line; where nothing follows it, None.

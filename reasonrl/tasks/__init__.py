@@ -2,15 +2,22 @@
 
 A task is a frozen dataclass with a field `seed`, a method `example(split, index) -> Example` (a
 pure function of the fields, the split and the index) and `symbols`, the strings that a tokenizer
-trained for it keeps whole. `splits` keeps train and test apart. `mixture` and `subset` are made of
-such tasks; `collected` reads what a phase of the run has kept.
+trained for it keeps whole. `splits` keeps train and test apart; where examples are the rows of
+`files`, the files do. `mixture` and `subset` are made of such tasks; `collected` reads what a phase
+of the run has kept.
+
+For few-shot prompts it may have `worked(example, count) -> list[Example]`: other examples with
+solutions, such as stand before this one; also a pure function.
 """
 
 from reasonrl.tasks import (
   addition,
   arithmetic,
   collected,
+  commonsenseqa,
   countdown,
+  gsm8k,
+  jsonl,
   mixture,
   reasoning_gym,
   shuffled_objects,
@@ -26,4 +33,7 @@ TASKS = {
   'collected': collected.Collected,
   'subset': subset.Subset,
   'reasoning_gym': reasoning_gym.ReasoningGym,
+  'jsonl': jsonl.Jsonl,
+  'gsm8k': gsm8k.Gsm8k,
+  'commonsenseqa': commonsenseqa.CommonsenseQA,
 }

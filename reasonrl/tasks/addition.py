@@ -22,7 +22,6 @@ from typing import ClassVar
 from reasonrl import records
 from reasonrl.tasks import splits
 
-
 HINTS = ('none', 'shown', 'pseudo')
 POOL = 50  # worked examples of each length to choose from, as in the paper's data
 

@@ -46,7 +46,9 @@ class Collected:
   def example(self, split: str, index: int) -> records.Example:
     """The row at position `index`; there is no test split."""
     if split != 'train':
-      raise records.UserError(f'what {self.phase} collected is to learn from: it has no {split} split')
+      raise records.UserError(
+        f'what {self.phase} collected is to learn from: it has no {split} split'
+      )
     turn, own = index % len(self._classes), index // len(self._classes)
     rows = self._classes[turn]
     row = rows[files.shuffled(self.seed, f'class {turn}', len(rows), own)]

@@ -30,12 +30,17 @@ def split_of(key: str) -> str:
   return 'test' if int.from_bytes(digest, 'big') % TEST_ONE_IN == 0 else 'train'
 
 
-def generator(seed: int, split: str, index: int) -> random.Random:
-  """The generator of one example; raises UserError for an unknown split or a negative index."""
+def check(split: str, index: int) -> None:
+  """Raises UserError for an unknown split or a negative index."""
   if split not in SPLITS:
     raise records.UserError(f'unknown split {split!r}; choices: {", ".join(SPLITS)}')
   if index < 0:
     raise records.UserError(f'index {index} of an example is negative')
+
+
+def generator(seed: int, split: str, index: int) -> random.Random:
+  """The generator of one example; raises what `check` raises."""
+  check(split, index)
   return random.Random(f'{seed}/{split}/{index}')
 
 
