@@ -1,83 +1,241 @@
-"""draft"""
+r"""STaR (arXiv 2203.14465): a model learns from its own right answers, n-digit addition.
+
+  python -m reasonrl.main --config=configs/star.py                 with rationalisation
+  python -m reasonrl.main --config=configs/star.py:plain           without
+  python -m reasonrl.main --config=configs/star.py:debug           the first, short
+  python -m reasonrl.main --config=configs/star.py:smollm2         SmolLM2-135M-Instruct, sums
+  python -m reasonrl.main --config=configs/star.py:gsm8k --config.task.train=train.jsonl \
+    --config.task.test=test.jsonl --config.prompt.few_shot=prompts.txt \
+    --config.prompt.few_shot_hinted=prompts_answer_key.txt         :commonsenseqa likewise
+
+One iteration: sample a scratchpad for every problem; where the answer is wrong, sample again with
+the answer shown as a hint; learn what was right, from the pretrained model on, as if no hint had
+been shown. experiments/star_addition/ has the runs.
+"""
 
 from reasonrl.configs import common
 
-VARIANTS = {'': 'rat', 'plain': 'norat', 'debug': 'd'}
-
-
-def addition(lo, hi, hint='none'):
-  t = common.addition()
-  t.min_digits = lo
-  t.max_digits = hi
-  t.hint = hint
-  return t
+VARIANTS = {
+  '': 'tiny model from scratch, addition of up to five digits, with rationalisation',
+  'rationalize': 'the same',
+  'plain': 'without rationalisation: only what it solves by itself is learned',
+  'debug': 'with rationalisation, in half a minute, too short to learn much',
+  'rft': 'rejection sampling: one round of many samples',
+  'rest_em': 'ReST-EM: several samples of a problem, some of them kept, from the base on',
+  'expert_iteration': 'samples at temperature 1, every iteration from the last one on',
+  'grpo': 'the same base and problems under GRPO, for comparison',
+  'smollm2': 'SmolLM2-135M-Instruct learns sums from its own solutions',
+  'gsm8k': 'grade-school problems, from files',
+  'commonsenseqa': 'multiple choice, from files',
+}
+MAX_DIGITS = 5
 
 
 def get_config(arg=''):
-  arg = common.parse(arg, VARIANTS)
-  c = common.base('star')
-  c.phases = ('pretrain', ('collect', 'sft', 3))
-  c.models.policy = common.model('nano')
-  c.tokenizer = common.tokenizer('sentencepiece')
-  c.tokenizer.model_type = 'char'
-  c.tokenizer.byte_fallback = False
-  c.task = addition(1, 5)
-  c.prompt = common.prompt('plain')
-  c.prompt.add_bos = True
-  c.prompt.max_length = 32
-  c.rewards = common.rewards(addition=1.0)
-  members = {}
-  n = [300, 3000, 300, 150, 75]
-  w = [1, 1.5, 0.5, 0.5, 0.5]
-  for i in range(5):
-    members[f'plain{i + 1}'] = (
-      round(w[i] / 4 * 0.6, 4),
-      common.subset(addition(i + 1, i + 1), n[i]),
-    )
-    members[f'hinted{i + 1}'] = (0.08, common.subset(addition(i + 1, i + 1, hint='shown'), 1000))
-  corpus = common.mixture(**members)
-  c.pretrain = common.supervised(3e-3)
-  p = c.pretrain
-  p.task = corpus
-  p.steps = 1500
-  p.examples_per_step = 64
-  p.row_length = 160
-  p.rows_per_batch = 8
-  p.optim.schedule = 'cosine'
-  p.optim.warmup_steps = 50
-  p.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
-  c.collect = common.collect('star')
-  c.collect.steps = 4
-  c.collect.prompts_per_step = 1024
-  c.collect.env.max_completion_length = 104
-  c.collect.env.slots = 256
-  c.collect.task = common.subset(addition(1, 5), 10000)
-  if arg == 'plain':
-    c.collect.p_rationalization = 0.0
-  c.sft = common.supervised(3e-3)
-  s = c.sft
-  s.init = 'pretrain'
-  s.steps = 250
-  s.examples_per_step = 64
-  s.row_length = 160
-  s.rows_per_batch = 8
+  """The experiment; `arg` is a key of VARIANTS."""
+  variant = common.parse(arg, VARIANTS)
+  build = {'smollm2': smollm2, 'gsm8k': gsm8k, 'commonsenseqa': commonsenseqa}
+  config = build.get(variant, tiny)()
+  if variant == 'plain':
+    config.collect.p_rationalization = 0.0
+  if variant == 'debug':
+    config.phases = ('pretrain', ('collect', 'sft', 2))
+    config.pretrain.steps = 60
+    config.sft.steps = 20
+    config.collect.steps = 1
+    config.collect.prompts_per_step = 64
+    config.evaluation.num_examples = 64
+    config.log.every = 10
+  if variant in ('rft', 'rest_em', 'expert_iteration'):
+    relative(config, variant)
+  if variant == 'grpo':
+    grpo(config)
+  config.lock()
+  return config
+
+
+def tiny():
+  """A nano decoder. Its base plays the part of the paper's pretrained model, see `corpus`."""
+  config = common.base('star')
+  config.phases = ('pretrain', ('collect', 'sft', 6))
+  config.models.policy = common.model('nano')
+  config.tokenizer = common.tokenizer('sentencepiece')
+  config.tokenizer.model_type = 'char'  # one token per word of the scratchpad
+  config.tokenizer.byte_fallback = False
+  config.task = addition(1, MAX_DIGITS)
+  config.prompt = common.prompt('plain')
+  config.prompt.add_bos = True
+  config.prompt.max_length = 32
+  config.rewards = common.rewards(addition=1.0)
+
+  config.pretrain = common.supervised(learning_rate=3e-3)
+  config.pretrain.task = corpus()
+  config.pretrain.steps = 1500
+  learning(config.pretrain)
+
+  config.collect = common.collect('star')
+  config.collect.task = common.subset(addition(1, MAX_DIGITS), 10_000)
+  config.collect.steps = 4
+  config.collect.prompts_per_step = 1024
+  config.collect.env.max_completion_length = 104
+  config.collect.env.slots = 256
+
+  config.sft = common.supervised(learning_rate=3e-3)
+  config.sft.init = 'pretrain'
+  # A quarter of what is learned is the corpus again, so that reading a hint is not forgotten.
   kept = common.collected('collect')
   kept.balance = 'digits'
-  s.task = common.mixture(kept=(0.75, kept), replay=(0.25, common.mixture(**members)))
-  s.optim.schedule = 'cosine'
-  s.optim.warmup_steps = 50
-  s.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
-  c.evaluation = common.evaluation()
-  c.evaluation.num_examples = 500
-  c.evaluation.correct = 'addition'
-  c.evaluation.by = 'digits'
-  c.evaluation.env.max_completion_length = 104
-  if arg == 'debug':
-    p.steps = 60
-    s.steps = 10
-    c.collect.steps = 2
-    c.collect.prompts_per_step = 64
-    c.evaluation.num_examples = 64
-    c.phases = ('pretrain', ('collect', 'sft', 2))
-  c.lock()
-  return c
+  config.sft.task = common.mixture(kept=(3, kept), replay=(1, corpus()))
+  config.sft.steps = 250
+  learning(config.sft)
+
+  config.evaluation = common.evaluation()
+  config.evaluation.num_examples = 500
+  config.evaluation.correct = 'addition'
+  config.evaluation.by = 'digits'
+  config.evaluation.env.max_completion_length = 104
+  config.evaluation.env.slots = 256
+  return config
+
+
+def addition(min_digits, max_digits, hint='none'):
+  """Sums of numbers of so many digits."""
+  task = common.addition()
+  task.update({'min_digits': min_digits, 'max_digits': max_digits, 'hint': hint})
+  return task
+
+
+def corpus(hint='shown'):
+  """What the base is pretrained on: short sums, few longer ones, and sums of every length whose
+  answer is shown. So it can add one and two digits, and explain an answer that it is told."""
+  plain = {1: (0.15, 300), 2: (0.225, 3000), 3: (0.075, 300), 4: (0.075, 150), 5: (0.075, 75)}
+  members = {
+    f'plain{n}': (weight, common.subset(addition(n, n), size))
+    for n, (weight, size) in plain.items()
+  }
+  members |= {f'hinted{n}': (0.08, common.subset(addition(n, n, hint), 2000)) for n in plain}
+  return common.mixture(**members)
+
+
+def learning(section):
+  """What the supervised sections share."""
+  section.examples_per_step = 64
+  section.row_length = 160
+  section.optim.schedule = 'cosine'
+  section.optim.warmup_steps = 50
+  section.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
+
+
+def relative(config, preset):
+  """A relative of STaR: many samples of a problem instead of a hint, about as many in all."""
+  collect = common.collect(preset)
+  generations = collect.env.num_generations
+  config.collect.env.update(collect.env)
+  config.collect.env.update({'max_completion_length': 104, 'slots': 256})
+  config.collect.update({'p_rationalization': 0.0, 'max_per_problem': collect.max_per_problem})
+  config.collect.prompts_per_step = 1024 // generations
+  if preset == 'rft':
+    config.phases = ('pretrain', 'collect', 'sft')
+  if preset == 'rest_em':
+    config.phases = ('pretrain', ('collect', 'sft', 3))
+  if preset == 'expert_iteration':
+    config.sft.init = 'previous'
+
+
+def grpo(config):
+  """Reinforcement from the same base, on the same problems."""
+  config.phases = ('pretrain', 'rl')
+  config.rl = common.reinforce('grpo', learning_rate=3e-4)
+  config.rl.task = config.collect.task
+  config.rl.steps = 60
+  config.rl.prompts_per_step = 64
+  config.rl.env.num_generations = 8
+  config.rl.env.max_completion_length = 104
+  config.rl.env.slots = 256
+  config.rl.row_length = 160
+  config.rl.eval_every = 10
+
+
+# ------------------------------------------------------------------------------------ real models
+
+# Worked examples: a 135M model does not follow a description of the format.
+FEW_SHOT = """What is three plus four?
+<think>3 + 4 = 7</think><answer>7</answer>
+What is 12 + 25?
+<think>12 + 25 = 37</think><answer>37</answer>"""
+
+
+def pretrained():
+  """SmolLM2-135M-Instruct, from its given weights in every iteration."""
+  config = common.base('star')
+  config.phases = (('collect', 'sft', 2),)
+  config.models.policy = common.model('smollm2_135m')
+  config.models.policy.weights = 'smollm2-135m-instruct'
+  config.models.policy.compute_dtype = 'bfloat16'
+  config.tokenizer = common.tokenizer('gguf')
+  config.tokenizer.path = 'smollm2-135m-instruct'
+  config.collect = common.collect('star')
+  config.collect.steps = 4
+  config.collect.prompts_per_step = 128
+  config.collect.env.slots = 64
+  config.sft = common.supervised(learning_rate=1e-5)
+  config.sft.init = 'scratch'  # the given weights
+  config.sft.task = common.collected('collect')
+  config.sft.steps = 16
+  config.sft.steps_growth = 1.2  # the paper's
+  config.sft.examples_per_step = 32
+  config.evaluation = common.evaluation()
+  config.evaluation.env.slots = 64
+  config.log.every = 1
+  config.checkpoint.save_every = 4
+  return config
+
+
+def smollm2():
+  """The sums of configs/r1_zero.py:smollm2."""
+  config = pretrained()
+  config.task = common.arithmetic()
+  config.task.max_terms = 2
+  config.task.max_value = 99
+  config.task.operations = ('+',)
+  config.prompt = common.prompt('chat')
+  config.prompt.system = FEW_SHOT
+  config.prompt.prefill = '<think>'
+  config.prompt.max_length = 120
+  config.rewards = common.rewards(accuracy=1.0)
+  config.collect.env.max_completion_length = 32
+  config.sft.row_length = 160
+  config.evaluation.num_examples = 512
+  config.evaluation.env.max_completion_length = 32
+  return config
+
+
+def text(task, reward, max_completion_length):
+  """Problems from files, behind the worked examples of a file."""
+  config = pretrained()
+  config.phases = (('collect', 'sft', 10),)
+  config.task = task
+  config.prompt = common.prompt('plain')
+  config.prompt.max_length = 1536
+  config.rewards = common.rewards(**{reward: 1.0})
+  config.collect.env.max_completion_length = max_completion_length
+  config.collect.steps = 58  # all 7,473 problems of GSM8K's training file
+  config.sft.row_length = 2048
+  config.sft.rows_per_batch = 1
+  config.sft.steps = 40
+  config.evaluation.num_examples = 512
+  config.evaluation.correct = reward
+  config.evaluation.env.max_completion_length = max_completion_length
+  return config
+
+
+def gsm8k():
+  """GSM8K (arXiv 2110.14168) as OpenAI publishes it."""
+  return text(common.gsm8k(), 'gsm8k', 256)
+
+
+def commonsenseqa():
+  """CommonsenseQA (arXiv 1811.00937) as published; its test file lacks answers: give dev."""
+  config = text(common.commonsenseqa(), 'commonsenseqa', 96)
+  config.collect.steps = 76  # all 9,741
+  return config

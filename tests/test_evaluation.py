@@ -281,11 +281,17 @@ class Env:
     outcomes = np.repeat([1.0, 0.0, 1.0], G)
     if G > 1:
       outcomes[0], outcomes[-1] = 0.0, np.nan  # a NaN is not right
-    return tiny.experience(outcomes, np.repeat([0, 1, 2], G), np.full(3 * G, 2))
+    found = tiny.experience(outcomes, np.repeat([0, 1, 2], G), np.full(3 * G, 2))
+    levels = np.repeat(['hard', 'easy', 'hard'], G).tolist()
+    examples = [
+      dataclasses.replace(example, meta={'level': level})
+      for example, level in zip(found.examples, levels, strict=True)
+    ]
+    return dataclasses.replace(found, examples=tuple(examples))
 
 
 def test_evaluate_greedy_and_sampled():
-  settings = evaluation.Evaluation(num_examples=3, correct='accuracy')
+  settings = evaluation.Evaluation(num_examples=3, correct='accuracy', by='')
   asked = []
   tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
@@ -310,5 +316,17 @@ def test_evaluate_greedy_and_sampled():
   assert set(metrics) - set(plain) == {
     f'eval/sampled/majority@2{end}' for end in ('', '_low', '_high')
   }
+  assert not [name for name in metrics if '=' in name]
   assert metrics['eval/sampled/completion_length'] == 2.0
   assert found['sampled'].reward_R.size == 6 and found['greedy'].reward_R.size == 3
+
+
+def test_accuracy_by_a_fact_of_the_examples():
+  settings = evaluation.Evaluation(num_examples=3, correct='accuracy', by='level')
+  tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
+  tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
+  metrics, _ = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, []), tools, {}, None)
+  assert {name: value for name, value in metrics.items() if '=' in name} == {
+    **{'eval/greedy/accuracy/level=easy': 0.0, 'eval/greedy/accuracy/level=hard': 1.0},
+    **{'eval/sampled/accuracy/level=easy': 0.0, 'eval/sampled/accuracy/level=hard': 0.5},
+  }

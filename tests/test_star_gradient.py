@@ -38,7 +38,7 @@ def gradients(student, params, sequences, denominator):
 
 
 def test_the_engine_has_the_same_gradient():
-  """The rows that `collect` stores under 'nll', against the experience under an indicator reward."""
+  """What `collect` stores, under 'nll', against the experience under an indicator reward."""
   policy = tiny.model()
   params = policy.init(jax.random.key(1))
   experience = tiny.experience([1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 2, 2], [3, 5, 2, 4, 6, 1])

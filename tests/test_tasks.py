@@ -47,7 +47,7 @@ COUNTDOWN = dict(
 FIELDS = {
   'shuffled_objects': SHELL,
   'arithmetic': SUMS,
-  'addition': dict(seed=0, min_digits=1, max_digits=3),
+  'addition': dict(seed=0, min_digits=1, max_digits=3, hint='none'),
   'countdown': COUNTDOWN,
   'reasoning_gym': dict(seed=0, dataset='chain_sum', dataset_config={'max_digits': 2}),
 }
@@ -71,6 +71,8 @@ def make(name, **changes):
     pytest.importorskip('reasoning_gym', reason='the extra `gym` is not installed')
   if name == 'mixture':  # `changes` are its members'
     return TASKS[name]({member: (1.0, make(member, **changes)) for member in MIXED})
+  if name == 'subset':
+    return TASKS[name](make('arithmetic', **changes), 700)
   return TASKS[name](**(FIELDS[name] | changes))
 
 
@@ -86,7 +88,8 @@ def row_files(tmp_path_factory):
       FIELDS[name][split] = str(path)
 
 
-@pytest.mark.parametrize('name', TASKS)
+# `collected` has no test split, and its rows are those of a run: see test_collecting.py.
+@pytest.mark.parametrize('name', [name for name in TASKS if name != 'collected'])
 class TestEveryTask:
   def test_an_example_is_a_function_of_fields_split_and_index(self, name):
     task = make(name)
@@ -97,7 +100,8 @@ class TestEveryTask:
     other = make(name, seed=1)
     assert [other.example('train', i).problem for i in range(20)] != [e.problem for e in forwards]
     last = task.example('test', 2**31 - 1)
-    assert last.task in (MIXED if name == 'mixture' else (name,))
+    own = {'mixture': MIXED, 'subset': ('arithmetic',)}
+    assert last.task in own.get(name, (name,))
     assert last.split == 'test'
     assert last.index < 100 if name in ROWS else last.index == 2**31 - 1
 
@@ -128,6 +132,20 @@ def test_five_thousand_examples_per_second(name):
   for i in range(1000):
     task.example('train', i)
   assert time.process_time() - start < 0.2  # measured: 0.02
+
+
+def test_a_subset_repeats_its_first_training_examples():
+  task, inner = TASKS['subset'](make('addition'), 3), make('addition')
+  assert [task.example('train', i) for i in range(7)] == [
+    inner.example('train', i) for i in (0, 1, 2, 0, 1, 2, 0)
+  ]
+  assert task.example('test', 7) == inner.example('test', 7)
+  assert task.symbols == inner.symbols
+  example = inner.example('train', 0)
+  assert task.worked(example, 2) == inner.worked(example, 2)
+  assert TASKS['subset'](make('arithmetic'), 3).worked is None
+  with pytest.raises(records.UserError, match='size=0 of a subset must be at least 1'):
+    TASKS['subset'](inner, 0)
 
 
 def test_one_problem_in_eight_is_for_the_test():

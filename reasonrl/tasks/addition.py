@@ -66,8 +66,8 @@ class Addition:
   seed: int
   min_digits: int
   max_digits: int
-  # Problems show no hint | the hint | 'pseudo', a control: a hint and scratchpad of random digits
-  # and carries that agree with each other and not with the numbers, from which only copying is learned.
+  # Problems show no hint | the hint | 'pseudo', a control: a hint and a scratchpad of random digits
+  # and carries, which agree with each other and not with the numbers: they teach copying alone.
   hint: str
 
   def __post_init__(self):

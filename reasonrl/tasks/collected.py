@@ -1,4 +1,4 @@
-"""What a phase of kind 'collect' has kept, to learn from: the rows of its dataset in shuffled epochs."""
+"""What a phase of kind 'collect' has kept, to learn from: its dataset in shuffled epochs."""
 
 from __future__ import annotations
 

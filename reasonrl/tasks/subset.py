@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from reasonrl import records
+from reasonrl.tasks import splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,4 +35,5 @@ class Subset:
 
   def example(self, split: str, index: int) -> records.Example:
     """Example `index` of the task, in the train split modulo the size."""
+    splits.check(split, index)
     return self.task.example(split, index % self.size if split == 'train' else index)
