@@ -63,6 +63,19 @@ SHORT = (
 )
 
 
+def _panels(rows: Sequence[Mapping[str, Any]]) -> list:
+  """PANELS that the rows have data for; after the first, accuracy by a fact of the problems."""
+  prefix = 'eval/greedy/accuracy/'
+  keys = dict.fromkeys(key for row in rows for key in row if key.startswith(prefix))
+  colours = itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, GREY))
+  series = [
+    (key.removeprefix(prefix), 'eval', key, colour)
+    for key, colour in zip(keys, colours, strict=False)
+  ]
+  panels = [*PANELS[:1], ('Held-out accuracy, greedy', 'percent', series), *PANELS[1:]]
+  return [p for p in panels if any(_rows_with(rows, which, key) for _, which, key, _ in p[2])]
+
+
 def _rows_with(rows: Sequence[Mapping[str, Any]], which: str, metric: str):
   """The rows of the kind `which` (see PANELS) that have the metric."""
   return [
@@ -123,7 +136,7 @@ def curves_png(workdir: str | pathlib.Path) -> pathlib.Path:
   rows = logs.read_rows(workdir / logs.METRICS)
   if not rows:
     raise records.UserError(f'no metrics in {workdir / logs.METRICS}')
-  panels = [p for p in PANELS if any(_rows_with(rows, which, key) for _, which, key, _ in p[2])]
+  panels = _panels(rows)
   columns = 2 if len(panels) > 1 else 1
   lines = max(1, -(-len(panels) // columns))
   height = 2.9 * lines + 0.7
@@ -142,13 +155,18 @@ def curves_png(workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def _draw(axis, panel, rows) -> None:
-  """One panel. It spans the phases that logged its training metrics, and no others."""
+  """One panel. It spans the phases that logged its training metrics, and evaluations after them."""
   title, scale, series = panel
   rows = [dict(row) for row in rows]
   drawn = [row for _, which, key, _ in series for row in _rows_with(rows, which, key)]
   trained = [row for row in drawn if row['kind'] == 'train'] or drawn
   first, last = (pick(row['step'] for row in trained) for pick in (min, max))
-  rows = [row for row in rows if first - 1 <= row['step'] <= last]
+  # An evaluation may come later: of a phase that learns what this one has collected.
+  rows = [
+    row
+    for row in rows
+    if first - 1 <= row['step'] and (row['step'] <= last or row['kind'] == 'eval')
+  ]
   phases = _phases([row for row in rows if row['kind'] == 'train' and row['step'] >= first])
   if len(phases) == 1:
     before = trained[0]['step'] - trained[0]['phase_step']
@@ -177,7 +195,7 @@ def _draw(axis, panel, rows) -> None:
   for i, (name, begin, end) in enumerate(phases):
     if i % 2:
       axis.axvspan(begin - 1, end, color='#f0e9d8', alpha=0.6, lw=0, zorder=0)
-    if len(phases) <= 6:  # the names of a long loop would overlap
+    if end - begin > (last - first) / 20:  # short ones would overlap
       axis.text(begin, 1.01, name, transform=top, va='bottom', size=8, color=GREY)
   axis.legend(fontsize=8, frameon=False, loc='best')
 

@@ -149,3 +149,19 @@ def test_command_line_door(tmp_path):
   assert str(tmp_path / 'report.html') in done.stdout, done.stderr
   done = subprocess.run(door, cwd=root, capture_output=True, text=True)
   assert (done.returncode, done.stderr.count('\n')) == (2, 1) and '--workdir' in done.stderr
+
+
+def test_accuracy_by_a_fact_of_the_problems_has_a_panel(tmp_path, monkeypatch):
+  def by(row, *values):
+    return row | {f'eval/greedy/accuracy/digits={n}': v for n, v in enumerate(values, 1)}
+
+  rows = [by(held_out(10, 'pretrain', 0.3), 0.5, 0.0)]
+  rows += [train(11, 'collect', reward=0.5, accuracy=0.5), train(12, 'sft', loss=1.0)]
+  rows += [by(held_out(12, 'sft', 0.6), 0.9, 0.3)]
+  drawn = curves(monkeypatch, workdir(tmp_path, rows))
+  assert drawn['Held-out accuracy, greedy'] == {
+    'digits=1': [[10, 0.5], [12, 0.9]],
+    'digits=2': [[10, 0.0], [12, 0.3]],
+  }
+  # The evaluation after what was learned from the collected rows belongs to the first panel.
+  assert drawn['Accuracy']['held-out, sampled (95% interval)'] == [[10, 0.3], [12, 0.6]]
