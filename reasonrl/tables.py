@@ -34,11 +34,11 @@ def member(table: dict, section, what: str):
   return build(lookup(table, section.name, f'{what}.name'), section, 'name')
 
 
-def make_task(table: dict, section, what: str, dataset: Callable[[str], pathlib.Path]):
+def make_task(table: dict, section, what: str, dataset: Callable[[str], pathlib.Path] | None):
   """The task of a section.
 
   `members` of a section are weights and task sections, its `task` is one; for its `phase`, of kind
-  'collect', the task is given as `path` what `dataset` returns.
+  'collect', the task is given as `path` what `dataset` returns (None: it is not there to be read).
   """
   built = {}
   if 'members' in section:
@@ -49,5 +49,7 @@ def make_task(table: dict, section, what: str, dataset: Callable[[str], pathlib.
   if 'task' in section:
     built['task'] = make_task(table, section.task, f'{what}.task', dataset)
   if 'phase' in section:
+    if dataset is None:
+      raise records.UserError(f'{what}: what {section.phase} collects is for the task of a phase')
     built['path'] = dataset(section.phase)
   return build(lookup(table, section.name, f'{what}.name'), section, 'name', **built)

@@ -13,6 +13,7 @@ import pytest
 from reasonrl import (
   checkpoint,
   collecting,
+  data,
   logs,
   parameters,
   phases,
@@ -362,6 +363,38 @@ def test_stopped_anywhere_it_goes_on_exactly(
     np.testing.assert_array_equal(a, b)
 
 
+def test_worked_examples_stand_before_what_is_sampled_and_not_in_what_is_learned(
+  tmp_path, pool, scripted, monkeypatch
+):
+  asked, learned, said = [], [], Scripted.said
+
+  def watch(self, tools, example, sample):
+    asked.append((example, tools.tokenizer.decode(tools.render(example), skip_special=True)))
+    return said(self, tools, example, sample)
+
+  def sequence(tokenizer, prompt, prefill, example, row_length):
+    if records.TOKEN_IDS in example.meta:
+      learned.append((tokenizer.decode(prompt, skip_special=True), example.problem))
+    return real(tokenizer, prompt, prefill, example, row_length)
+
+  real = data.supervised_sequence
+  monkeypatch.setattr(Scripted, 'said', watch)
+  monkeypatch.setattr(data, 'supervised_sequence', sequence)
+  shots = {'prompt__few_shot': 'task', 'prompt__few_shot_count': 2, 'prompt__max_length': 144}
+  c = config(**shots, sft__row_length=208)
+  c.models.policy.max_position = 512
+  assert train.run(c, str(tmp_path / 'run'), pool) == 0
+  task = TASKS['addition'](seed=0, min_digits=1, max_digits=2, hint='none')
+  for example, text in asked:
+    first, second = task.worked(example, 2)
+    if records.HINT_SHOWN in example.meta:
+      first, second = records.show_hint(first), records.show_hint(second)
+    solved = [shot.problem + shot.solution for shot in (first, second)]
+    assert text == f'{solved[0]}\n\n{solved[1]}\n\n{example.problem}'
+  assert len(asked) == 6 and learned
+  assert all(text == problem for text, problem in learned)
+
+
 def test_accuracy_by_a_fact_that_examples_do_not_have(tmp_path, pool, scripted):
   with pytest.raises(records.UserError, match=r"evaluation.by='size' is not a fact .* has checked"):
     train.run(config(evaluation__by='size'), str(tmp_path / 'run'), pool)
@@ -374,6 +407,7 @@ def test_accuracy_by_a_fact_that_examples_do_not_have(tmp_path, pool, scripted):
     ('sft__row_length', 64, 'sft.row_length=64 is shorter than prompt.max_length=64 plus '),
     ('phases', ('pretrain', 'sft'), "sft.task reads phase='collect', which is not an earlier"),
     ('collect__max_per_problem', -1, 'collect.max_per_problem=-1 must be at least 0'),
+    ('task', common.collected('collect'), 'task: what collect collects is for the task of a phase'),
     ('sft__init', 'collect', "sft.init='collect' is not 'previous', 'scratch', an earlier phase"),
   ],
 )
