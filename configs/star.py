@@ -20,6 +20,8 @@ VARIANTS = {
   'rationalize': 'the same',
   'plain': 'without rationalisation: only what it solves by itself is learned',
   'debug': 'with rationalisation, in half a minute, too short to learn much',
+  'pseudo': 'a control: hints of the base are random digits, from which only copying is learned',
+  'control': 'a control: as many steps on the corpus of the base, nothing is collected',
   'rft': 'rejection sampling: one round of many samples',
   'rest_em': 'ReST-EM: several samples of a problem, some of them kept, from the base on',
   'expert_iteration': 'samples at temperature 1, every iteration from the last one on',
@@ -46,6 +48,11 @@ def get_config(arg=''):
     config.collect.prompts_per_step = 64
     config.evaluation.num_examples = 64
     config.log.every = 10
+  if variant == 'pseudo':
+    config.pretrain.task = config.sft.task.members.replay.task = corpus('pseudo')
+  if variant == 'control':
+    config.phases = ('pretrain', ('sft', 6))
+    config.sft.task = corpus()
   if variant in ('rft', 'rest_em', 'expert_iteration'):
     relative(config, variant)
   if variant == 'grpo':
@@ -70,7 +77,7 @@ def tiny():
 
   config.pretrain = common.supervised(learning_rate=3e-3)
   config.pretrain.task = corpus()
-  config.pretrain.steps = 1500
+  config.pretrain.steps = 2000
   learning(config.pretrain)
 
   config.collect = common.collect('star')
@@ -85,8 +92,8 @@ def tiny():
   # A quarter of what is learned is the corpus again, so that reading a hint is not forgotten.
   kept = common.collected('collect')
   kept.balance = 'digits'
-  config.sft.task = common.mixture(kept=(3, kept), replay=(1, corpus()))
-  config.sft.steps = 250
+  config.sft.task = common.mixture(kept=(1, kept), replay=(1, corpus()))
+  config.sft.steps = 400
   learning(config.sft)
 
   config.evaluation = common.evaluation()
@@ -113,7 +120,7 @@ def corpus(hint='shown'):
     f'plain{n}': (weight, common.subset(addition(n, n), size))
     for n, (weight, size) in plain.items()
   }
-  members |= {f'hinted{n}': (0.08, common.subset(addition(n, n, hint), 2000)) for n in plain}
+  members |= {f'hinted{n}': (0.08, common.subset(addition(n, n, hint), 20_000)) for n in plain}
   return common.mixture(**members)
 
 

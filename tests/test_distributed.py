@@ -28,11 +28,33 @@ FIELDS = """
 """.split()
 
 
-def start(workdir, devices, *flags):
+COLLECTING = """
+from reasonrl.configs import common, r1_zero
+
+def get_config(arg=''):
+  config = r1_zero.get_config('').unlock()
+  config.phases = ('pretrain', ('collect', 'sft', 2))
+  config.tokenizer.byte_fallback = True  # the hint needs a space
+  config.prompt.max_length = 48
+  config.pretrain.update({'steps': 60, 'examples_per_step': 32})
+  config.collect = common.collect('star')
+  config.collect.update({'steps': 2, 'prompts_per_step': 16})
+  config.collect.env.update({'max_completion_length': 24, 'temperature': 1.0, 'slots': 8})
+  config.sft = common.supervised(learning_rate=1e-3)
+  config.sft.update({'init': 'pretrain', 'steps': 2, 'examples_per_step': 8, 'row_length': 80})
+  config.sft.task = common.collected('collect')
+  config.evaluation.num_examples = 16
+  config.evaluation.env.max_completion_length = 24
+  config.log.every = 100
+  return config.lock()
+"""
+
+
+def start(workdir, devices, *flags, config='configs/r1_zero.py', fields=FIELDS):
   virtual = f'--xla_force_host_platform_device_count={devices}'
   kept = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
   command = [sys.executable, '-m', 'reasonrl.main', f'--workdir={workdir}']
-  command += ['--config=configs/r1_zero.py', *(f'--config.{field}' for field in FIELDS), *flags]
+  command += [f'--config={config}', *(f'--config.{field}' for field in fields), *flags]
   return subprocess.Popen(
     command,
     cwd=ROOT,
@@ -42,12 +64,12 @@ def start(workdir, devices, *flags):
   )
 
 
-def start_pair(workdir, *flags):
+def start_pair(workdir, *flags, **given):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   hosts = ('--distributed', f'--coordinator=127.0.0.1:{port}', '--num_processes=2')
-  return [start(workdir, 2, *hosts, f'--process_id={i}', *flags) for i in range(2)]
+  return [start(workdir, 2, *hosts, f'--process_id={i}', *flags, **given) for i in range(2)]
 
 
 def finish(processes, code=0):
@@ -94,6 +116,31 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
   for phase in ('pretrain', 'rl'):
     both = zip(*(jax.tree.leaves(params(run, phase)) for run in (one, two)), strict=True)
     assert all(np.allclose(x, y, atol=1e-4) for x, y in both)
+
+
+@pytest.mark.slow
+def test_two_processes_collect_as_one(tmp_path):
+  config, one, two = tmp_path / 'collecting.py', tmp_path / 'one', tmp_path / 'two'
+  config.write_text(COLLECTING)
+  finish([start(one, 4, config=config, fields=())])
+  finish(start_pair(two, config=config, fields=()))
+  first, second = (
+    [json.loads(line) for line in (run / 'datasets' / 'collect-0.jsonl').read_text().splitlines()]
+    for run in (one, two)
+  )
+  assert first == second and {row['hinted'] for row in first} == {False, True}
+  assert {row['prompt'] % 2 for row in first} == {0, 1}  # of both processes, in order
+  counts = [
+    [
+      {name: value for name, value in row.items() if name.startswith('collect/')}
+      for row in rows(run)
+      if row['phase'] == 'collect' and row['kind'] == 'train'
+    ]
+    for run in (one, two)
+  ]
+  assert counts[0][:2] == counts[1][:2] and len(counts[0]) == 4
+  both = zip(*(jax.tree.leaves(params(run, 'sft-0')) for run in (one, two)), strict=True)
+  assert all(np.allclose(x, y, atol=1e-3) for x, y in both)
 
 
 def test_a_mesh_that_splits_a_row_over_processes_is_refused(tmp_path):
