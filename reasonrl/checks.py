@@ -172,14 +172,14 @@ def sizes(setup: wiring.Setup, phase: wiring.Phase) -> None:
         f'{positions_of_model} positions of the model'
       )
   # What is trained on must fit a row; the EOS of a completion that was cut may come on top.
-  longest = {f'{n}.env': setup.phases[n].env.max_completion_length + 1 for n in phase.datasets}
+  longest = {n: setup.phases[n].env.max_completion_length + 1 for n in phase.datasets}
   if section.kind == 'reinforce':
-    longest[f'{name}.env'] = env.max_completion_length
+    longest[name] = env.max_completion_length
   for what, length in longest.items():
     if room + length > section.row_length:
       raise records.UserError(
         f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
-        f'{what}.max_completion_length={length}'
+        f'{length} tokens of a completion (see {what}.env.max_completion_length)'
       )
   rows = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
   if phases.updates(section) and section.rows_per_batch % rows:

@@ -55,6 +55,11 @@ class State:
   size_B: jax.Array | None  # the largest kept set of a row's tokens, remembered whole or not
 
 
+def _power_of_two(n: int) -> int:
+  """The least power of two that is at least n."""
+  return 1 << (n - 1).bit_length()
+
+
 @functools.partial(jax.jit, static_argnums=(0,))
 def _row_keys(seed, folds):
   def one(*parts):
@@ -356,11 +361,14 @@ class Sampler:
     tokens_PT = np.pad(requests.tokens_PT, ((0, 0), (0, padding)))
     requests = dataclasses.replace(requests, tokens_PT=tokens_PT)
     multiple = sharding.row_multiple(self.mesh)
-    slots = min(slots or all_rows, all_rows)
+    slots, few = slots or all_rows, all_rows < slots
+    if few:  # how many there are may change from call to call: few shapes, few programs
+      slots = min(slots, _power_of_two(all_rows))
     slots += -slots % multiple
     waves = [np.arange(i, min(i + slots, R)) for i in range(0, all_rows, slots)]
     prompts = [np.unique(requests.prompt_R[wave]) for wave in waves]
     most = sharding.agree(max(p.size for p in prompts))
+    most = min(slots, _power_of_two(most)) if few else most
     most += -most % multiple
     params, out = self.layout(params), []
     for wave, used in zip(waves, prompts, strict=True):

@@ -631,6 +631,24 @@ def test_one_prefill_per_prompt_and_no_step_after_the_last_row_stopped():
   assert polls == [0, 1 + one]  # between waves
 
 
+def test_few_requests_share_their_programs(sampler, monkeypatch):
+  """5 to 8 requests are rows of one shape, and get the same draws."""
+  shapes, start = [], type(sampler)._start
+
+  def watch(self, params, requests, wave, used, slots, most, window):
+    shapes.append((slots, most))
+    return start(self, params, requests, wave, used, slots, most, window)
+
+  monkeypatch.setattr(type(sampler), '_start', watch)
+  whole = generate(sampler, ask(np.arange(8) % 3, 5), spec(), slots=16)
+  for count in (5, 6, 7):
+    got = generate(sampler, ask(np.arange(count) % 3, 5), spec(), slots=16)
+    np.testing.assert_array_equal(got.tokens_RS, whole.tokens_RS[:count])
+  assert shapes == [(8, 4)] * 4
+  generate(sampler, ask(np.arange(5) % 3, 5), spec())
+  assert shapes[-1] == (5, 3)  # all at once means as many as there are
+
+
 def test_a_window_longer_than_the_model(sampler):
   requests = ask([0], 59)  # 6 + 59 > 64
   with pytest.raises(records.UserError, match='prompt of 6.*max_new 59.*64 positions'):
