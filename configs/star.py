@@ -182,13 +182,13 @@ def pretrained():
   config.tokenizer = common.tokenizer('gguf')
   config.tokenizer.path = 'smollm2-135m-instruct'
   config.collect = common.collect('star')
-  config.collect.steps = 4
+  config.collect.steps = 3
   config.collect.prompts_per_step = 128
   config.collect.env.slots = 64
   config.sft = common.supervised(learning_rate=1e-5)
   config.sft.init = 'scratch'  # the given weights
   config.sft.task = common.collected('collect')
-  config.sft.steps = 16
+  config.sft.steps = 12
   config.sft.steps_growth = 1.2  # the paper's
   config.sft.examples_per_step = 32
   config.evaluation = common.evaluation()
@@ -212,7 +212,7 @@ def smollm2():
   config.rewards = common.rewards(accuracy=1.0)
   config.collect.env.max_completion_length = 32
   config.sft.row_length = 160
-  config.evaluation.num_examples = 512
+  config.evaluation.num_examples = 256
   config.evaluation.env.max_completion_length = 32
   return config
 
