@@ -200,12 +200,7 @@ def config(times=1, **fields):
   c.evaluation.update({'num_examples': 8, 'correct': 'addition', 'by': 'digits'})
   c.evaluation.env.update({'max_completion_length': 8, 'slots': 8})
   c.log.every = c.log.transcripts_every = 1
-  for field, value in fields.items():
-    *parents, last = field.split('__')
-    section = c
-    for name in parents:
-      section = section[name]
-    section[last] = value
+  c.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
   return c
 
 
