@@ -131,7 +131,7 @@ def prompt(template: str) -> ConfigDict:
       'system': '',  # system message of 'chat'; '' = the template's own
       'prefill': '',  # how the completion is made to begin, such as '<think>'
       'add_bos': False,
-      'augmentations': (),  # names of prompts.AUGMENTATIONS, applied in order
+      'augmentations': {},  # augmentations(...), applied in the order of their names
       # worked examples before the problem: '' = none, 'task' = the task's, or a text file of them,
       # separated by blank lines
       'few_shot': '',
@@ -140,6 +140,26 @@ def prompt(template: str) -> ConfigDict:
       'max_length': 64,  # tokens; a longer prompt is an error
     }
   )
+
+
+def augmentations(*names: str) -> ConfigDict:
+  """What is added to the problems: name -> its fields, e.g. augmentations('length_target')."""
+  fields = {
+    'length_target': {  # arXiv 2503.04697
+      'min_tokens': 100,  # of a target, uniform; thinking, answer and EOS
+      'max_tokens': 4000,  # below max_completion_length
+      'share_max': 0.0,  # of targets that are a maximum; L1-Exact 0, L1-Max .5
+      'template_exact': ' Think for {n} tokens.',
+      'template_max': ' Think for maximum {n} tokens.',
+    },
+    'effort': {
+      'levels': {'low': 512, 'medium': 1024, 'high': 3600},  # tokens; of L1's evaluation
+      'level': '',  # one of them for all; '' = drawn, each as likely as any other
+      'mode': 'max',  # or 'exact'
+      'template': ' Reasoning effort: {level}.',
+    },
+  }
+  return ConfigDict({name: fields[name] for name in names})
 
 
 # ------------------------------------------------------------------------------------ tasks

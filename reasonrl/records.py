@@ -25,6 +25,10 @@ HINTED, HINT_SHOWN = 'hinted', 'hint_shown'
 # Key of Example.meta: the ids of the solution as they were sampled, EOS included. They are what is
 # learned: encoding the text again may give other ids.
 TOKEN_IDS = 'token_ids'
+# Keys of Example.meta for a target of the response's length: how many tokens, thinking, answer and
+# EOS together; and whether that is what it should have or the most that it may.
+TARGET_LENGTH, LENGTH_MODE = 'target_length', 'length_mode'
+EXACT, MAX = LENGTH_MODES = ('exact', 'max')
 
 
 class UserError(ValueError):
@@ -65,6 +69,14 @@ def show_hint(example: Example) -> Example:
     raise ValueError(f'{example.task}/{example.split}/{example.index} shows its hint already')
   problem = example.meta.get(HINTED, f'{example.problem} ({example.answer})')
   return dataclasses.replace(example, problem=problem, meta={**example.meta, HINT_SHOWN: True})
+
+
+def length_target(example: Example) -> tuple[str, int] | None:
+  """(mode, tokens) that the response should have; None: the example has no such target."""
+  mode, tokens = example.meta.get(LENGTH_MODE), example.meta.get(TARGET_LENGTH)
+  if mode in LENGTH_MODES and isinstance(tokens, int) and tokens > 0:
+    return mode, tokens
+  return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,8 +128,8 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
   mesh = sharding.make_mesh(**config.mesh)
   task = tables.make_task(table['task'], config.task, 'task', None)
   augmentations = tuple(
-    tables.lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations')
-    for name in config.prompt.augmentations
+    tables.build(tables.lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations'), fields)
+    for name, fields in config.prompt.augmentations.items()
   )
   built = {'augmentations': augmentations, 'worked': getattr(task, 'worked', None)}
   prompter = tables.build(prompts.Prompter, config.prompt, **built)

@@ -109,6 +109,15 @@ def test_every_member_of_every_table_has_a_preset():
     check_task(section)
 
 
+def test_every_augmentation_has_a_preset():
+  section = common.augmentations(*prompts.AUGMENTATIONS)
+  for name, cls in prompts.AUGMENTATIONS.items():
+    assert fields(cls) == set(section[name])
+    tables.build(cls, section[name])
+    for field in dataclasses.fields(cls):
+      assert field.default is dataclasses.MISSING, f'{name}.{field.name}'
+
+
 def defaults_of_their_own(source):
   """Lines that read a config field with a default: config.get('x', 1), getattr(section, 'x', 1)."""
   found = []

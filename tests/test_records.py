@@ -42,3 +42,12 @@ def test_a_hint_is_the_tasks_own_or_stands_in_parentheses_behind_the_problem():
   assert records.show_hint(own).problem == '7 + 5 = 12?'
   with pytest.raises(ValueError, match='sums/train/7 shows its hint already'):
     records.show_hint(shown)
+
+
+def test_a_length_target_needs_a_mode_and_a_positive_number():
+  of = lambda **meta: records.length_target(records.Example('s', 'train', 0, '', '', None, meta))
+  assert of(target_length=7, length_mode='max') == ('max', 7)
+  assert of(target_length=7, length_mode='exact') == ('exact', 7)
+  for wrong in ({'length_mode': 'least'}, {'target_length': 0}, {'target_length': 7.0}):
+    assert of(**{'target_length': 7, 'length_mode': 'max', **wrong}) is None
+  assert of(target_length=7) is None and of(length_mode='max') is None
