@@ -302,6 +302,43 @@ def rewards(**weights: float) -> ConfigDict:
     'open_r1_format': {},
     'tag_count': {},
     'soft_overlong': {'cache': 16},  # tokens before the cap; DAPO 4096 of 20480
+    'lcpo': {  # arXiv 2503.04697; the first three as in 'accuracy'
+      'after_think': True,
+      'extraction': 'strict',
+      'require_stop': False,
+      'alpha': 3e-4,  # per token, for targets up to 4000: elsewhere 1.2 / the largest
+      'delta': 0.5,  # of 'max'
+      'max_form': 'paper',  # 'repository': half the slope | 'additive': an ablation
+      'violation_tokens': 500,  # above the target
+    },
+    # arXiv 2502.03373. Its variants, as r_0^c, r_L^c, r_0^w, r_L^w: A 0, 10, 0, 0, where length
+    # explodes; B 6, 5, -10, 0; C 10, 9, -10, 0
+    'cosine': {  # the first three as in 'accuracy'
+      'after_think': True,
+      'extraction': 'strict',
+      'require_stop': False,
+      'value_correct_at_0': 2.0,  # r_0^c
+      'value_correct_at_max': 1.0,  # r_L^c
+      'value_wrong_at_0': -10.0,  # r_0^w
+      'value_wrong_at_max': 0.0,  # r_L^w
+      'value_exceeded': -10.0,  # r_e
+      'max_length': 0,  # tokens; 0 = the completion's cap. The paper: 14336 of a window of 16k
+      'margin': 16,  # tokens below max_length that count as exceeded; the authors' code
+    },
+    'repetition': {  # arXiv 2502.03373
+      'ngram': 40,  # tokens
+      'penalty': -0.05,
+      'only_start': False,  # of every stretch of repeats only the first n-gram
+      'gamma': 0.99,  # per token; its scripts. Its best table entry .999; 0 = no returns
+    },
+    'repetition_sparse': {  # its last three as in 'accuracy'
+      'ngram': 20,  # tokens; arXiv 2502.03373 (words); TRL 3
+      'max_penalty': -1.0,  # open-r1 and TRL
+      'wrong_only': True,  # arXiv 2502.03373
+      'after_think': True,
+      'extraction': 'strict',
+      'require_stop': False,
+    },
   }
   return ConfigDict({name: {'weight': w, **fields[name]} for name, w in weights.items()})
 

@@ -23,6 +23,20 @@ FIELDS = {
   'open_r1_format': dict(),
   'tag_count': dict(),
   'soft_overlong': dict(cache=4),
+  'lcpo': dict(
+    **dict(after_think=True, extraction='strict', require_stop=True),
+    **dict(alpha=3e-4, delta=0.5, max_form='paper', violation_tokens=500),
+  ),
+  'cosine': dict(
+    **dict(after_think=True, extraction='strict', require_stop=True, max_length=8, margin=0),
+    **dict(value_correct_at_0=1.0, value_correct_at_max=0.5, value_exceeded=0.0),
+    **dict(value_wrong_at_0=0.0, value_wrong_at_max=0.5),
+  ),
+  'repetition': dict(ngram=2, penalty=-0.05, only_start=False, gamma=0.99),
+  'repetition_sparse': dict(
+    **dict(after_think=True, extraction='strict', require_stop=True),
+    **dict(ngram=2, max_penalty=-1.0, wrong_only=True),
+  ),
 }
 
 
@@ -36,7 +50,9 @@ META = {
   'commonsenseqa': {'checked_by': 'commonsenseqa'},
   'gsm8k': {'checked_by': 'gsm8k'},
   'countdown': {'checked_by': 'countdown', 'numbers': '1 9', 'target': 9, 'operations': '+-*/'},
+  'lcpo': {'target_length': 2, 'length_mode': 'exact'},
 }
+NO_GOLD = ('accuracy', 'gsm8k', 'lcpo', 'cosine', 'repetition_sparse')  # may not apply
 
 
 def example(gold='7', name=''):
@@ -347,9 +363,9 @@ def test_no_string_makes_a_reward_raise(name, text, gold, stop):
     text = f'<think></think><answer>{text}</answer>'
   for reward in variants:
     score = reward(example(gold, name), completion(text, stop))
-    assert (score.value is None) <= (name in ('accuracy', 'gsm8k'))
+    assert (score.value is None) <= (name in (*NO_GOLD, 'repetition'))
     assert score.value is None or 0 <= score.value <= 1
-    assert score.token_values is None
+    assert (score.token_values is None) == (name != 'repetition')
 
 
 N = 50_000  # pieces: several times what a model can write in a completion

@@ -16,7 +16,18 @@ the environment ('params', 'ema', 'version'; in training also 'ref' if the algor
 `tools.score(params, experience)` gives log-probabilities.
 """
 
-from reasonrl.rewards import addition, answer, commonsenseqa, countdown, format, gsm8k, overlong
+from reasonrl.rewards import (
+  addition,
+  answer,
+  commonsenseqa,
+  cosine,
+  countdown,
+  format,
+  gsm8k,
+  lcpo,
+  overlong,
+  repetition,
+)
 
 REWARDS = {
   'accuracy': answer.Accuracy,
@@ -28,4 +39,8 @@ REWARDS = {
   'open_r1_format': format.OpenR1Format,
   'tag_count': format.TagCount,
   'soft_overlong': overlong.SoftOverlong,
+  'lcpo': lcpo.LCPO,
+  'cosine': cosine.Cosine,
+  'repetition': repetition.Repetition,
+  'repetition_sparse': repetition.RepetitionSparse,
 }
