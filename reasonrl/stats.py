@@ -1,4 +1,4 @@
-"""Statistics of right and wrong answers: intervals, pass@k, the majority vote."""
+"""Statistics of answers: intervals, pass@k, the majority vote; lengths against what was asked."""
 
 from __future__ import annotations
 
@@ -72,3 +72,72 @@ def paired_gain(before, after) -> tuple[float, float, float]:
   gain = np.asarray(after, np.float64) - np.asarray(before, np.float64)
   half = Z95 * gain.std(ddof=1) / math.sqrt(gain.size)
   return float(gain.mean()), float(gain.mean() - half), float(gain.mean() + half)
+
+
+def control(lengths, low, high) -> float:
+  """Share of lengths inside their bounds: 1/|A| sum_a 1[low <= a <= high] (arXiv 2501.19393).
+
+  There a is the mean thinking tokens of a run at one setting; of single responses it is the share
+  that keeps to its budget.
+
+  Args:
+    lengths: [A].
+    low: a bound for all, or [A]; -inf = none.
+    high: as `low`; inf = none.
+  """
+  lengths = np.asarray(lengths, np.float64)
+  return float(np.mean((low <= lengths) & (lengths <= high)))
+
+
+def scaling(lengths, accuracies) -> float:
+  """Mean slope of accuracy over all pairs of runs (arXiv 2501.19393): per token.
+
+      mean over a < b of (f(b) - f(a)) / (b - a)
+
+  Published numbers state no unit; 1e5 times this is percentage points per 1,000 tokens. Pairs of
+  equal length have no slope; NaN if there is no other.
+
+  Args:
+    lengths: [A], mean thinking tokens of each run.
+    accuracies: [A], f of it.
+  """
+  lengths, accuracies = np.asarray(lengths, np.float64), np.asarray(accuracies, np.float64)
+  first, second = np.triu_indices(lengths.size, 1)
+  run, rise = lengths[second] - lengths[first], accuracies[second] - accuracies[first]
+  slopes = rise[run != 0] / run[run != 0]
+  return float(slopes.mean()) if slopes.size else math.nan
+
+
+def performance(accuracies) -> float:
+  """The best accuracy of the runs (arXiv 2501.19393)."""
+  return float(np.max(accuracies))
+
+
+def length_errors(lengths, targets) -> dict[str, float]:
+  """Relative errors e = (n - n_gold) / n_gold of response lengths (arXiv 2503.04697).
+
+      mean_error mean e    mean_abs_error mean |e|    rms_error sqrt(mean e^2)
+
+  The paper prints the first without its sign, for one target at a time; signs cancel in it.
+
+  Args:
+    lengths: [R].
+    targets: one for all, or [R].
+  """
+  error = (np.asarray(lengths, np.float64) - targets) / targets
+  return {
+    'mean_error': float(error.mean()),
+    'mean_abs_error': float(np.abs(error).mean()),
+    'rms_error': float(np.sqrt((error**2).mean())),
+  }
+
+
+def violations(lengths, targets, slack: float) -> dict[str, float]:
+  """Shares of responses further than `slack` tokens from their target (arXiv 2503.04697: 500).
+
+  'one_sided' counts n - n_gold > slack, all that can violate a maximum; 'two_sided' is what the
+  paper prints, |n - n_gold| > slack. Arguments as in `length_errors`.
+  """
+  over = np.asarray(lengths, np.float64) - targets
+  two_sided = np.abs(over) > slack
+  return {'one_sided': float((over > slack).mean()), 'two_sided': float(two_sided.mean())}
