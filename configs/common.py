@@ -329,7 +329,7 @@ def rewards(**weights: float) -> ConfigDict:
       'ngram': 40,  # tokens
       'penalty': -0.05,
       'only_start': False,  # of every stretch of repeats only the first n-gram
-      'gamma': 0.99,  # per token; its scripts. Its best table entry .999; 0 = no returns
+      'gamma': 0.99,  # per token; its scripts, its table favours .999; 0 with returns='to_go'
     },
     'repetition_sparse': {  # its last three as in 'accuracy'
       'ngram': 20,  # tokens; arXiv 2502.03373 (words); TRL 3

@@ -5,8 +5,8 @@
 
 n is the whole response as it was sampled, thinking, answer and EOS. The target n_gold and its mode
 are facts of the example, which a prompt augmentation decides (`prompts.AUGMENTATIONS`): constant
-within a group. At a range R of targets alpha R is about 1.2; with more, a wrong answer of the right
-length beats a right one.
+within a group. A wrong answer on target beats a right one that is more than 1 / alpha tokens off;
+the paper has alpha n_gold <= 1.2.
 
 Left out on purpose: the sigmoid forms of the paper's appendix, which do no better.
 """
@@ -21,6 +21,11 @@ from typing import ClassVar
 from reasonrl import records
 from reasonrl.rewards import answer
 
+
+def _clip(x: float) -> float:
+  return min(max(x, 0.0), 1.0)
+
+
 MAX_FORMS = {  # (right, alpha (n_gold - n), delta) -> value where the target is a maximum
   'paper': lambda right, slack, delta: right * _clip(slack + delta),
   # What the authors' repository computes: half the slope, with delta 1/2.
@@ -28,10 +33,6 @@ MAX_FORMS = {  # (right, alpha (n_gold - n), delta) -> value where the target is
   # An ablation: short wrong answers are paid, and the model collapses to them.
   'additive': lambda right, slack, delta: right + _clip(slack + delta),
 }
-
-
-def _clip(x: float) -> float:
-  return min(max(x, 0.0), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,9 @@ class Repetition:
   """r_t = penalty on the tokens of repeated n-grams, else 0; credit sum_{l >= 0} gamma^l r_{t+l}.
 
   A token in several of them is penalised once. The credit is a return already, to be added to an
-  advantage as it is; with gamma 0 it is r itself, for an algorithm that makes returns of it. A
-  completion shorter than `ngram` has zeros. The part 'repeated' is the share of penalised tokens.
+  advantage as it is; with gamma 0 it is r itself, for an algorithm that makes returns of it and
+  would otherwise sum twice. A completion shorter than `ngram` has zeros. The part 'repeated' is the
+  share of penalised tokens.
 
   Raises:
     UserError: a field is out of range.
