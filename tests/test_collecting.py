@@ -63,7 +63,7 @@ class Pairs:
 
   eos_ids = (0,)
 
-  def encode(self, text):
+  def encode_user(self, text):
     return [1000 + ord(c) for c in text]
 
   def decode(self, ids, skip_special):
@@ -391,7 +391,9 @@ def test_worked_examples_stand_before_what_is_sampled_and_not_in_what_is_learned
 
 
 def test_accuracy_by_a_fact_that_examples_do_not_have(tmp_path, pool, scripted):
-  with pytest.raises(records.UserError, match=r"evaluation.by='size' is not a fact .* has checked"):
+  with pytest.raises(
+    records.UserError, match=r"evaluation.by='size' is not a name or number .* checked_by"
+  ):
     train.run(config(evaluation__by='size'), str(tmp_path / 'run'), pool)
 
 
