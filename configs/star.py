@@ -19,7 +19,7 @@ VARIANTS = {
   '': 'tiny model from scratch, addition of up to five digits, with rationalisation',
   'rationalize': 'the same',
   'plain': 'without rationalisation: only what it solves by itself is learned',
-  'debug': 'with rationalisation, in half a minute, too short to learn much',
+  'debug': 'with rationalisation, in a minute, too short to learn much',
   'pseudo': 'a control: hints of the base are random digits, from which only copying is learned',
   'control': 'a control: as many steps on the corpus of the base, nothing is collected',
   'rft': 'rejection sampling: one round of many samples',
@@ -42,8 +42,9 @@ def get_config(arg=''):
     config.collect.p_rationalization = 0.0
   if variant == 'debug':
     config.phases = ('pretrain', ('collect', 'sft', 2))
-    config.pretrain.steps = 60
+    config.pretrain.steps = 300
     config.sft.steps = 20
+    config.collect.task.task.max_digits = 1  # which it has learned in part by then
     config.collect.steps = 1
     config.collect.prompts_per_step = 64
     config.evaluation.num_examples = 64
