@@ -45,6 +45,9 @@ def ids_of(tokenizer, completion: records.Completion, prefill: str, text: str) -
   return [*said[:low], *tokenizer.encode_user(rest), tokenizer.eos_ids[0]]
 
 
+NOT_STORED = (records.HINTED, records.TOKEN_IDS)  # no row shows an answer that was not asked for
+
+
 @dataclasses.dataclass(frozen=True)
 class Keeper:
   """Turns the completions of an experience that are right and whole into rows.
@@ -101,7 +104,7 @@ class Keeper:
           'answer': store.answer,
           'solution': text,
           'token_ids': ids,
-          'meta': {key: fact for key, fact in store.meta.items() if key != records.HINTED},
+          'meta': {key: fact for key, fact in store.meta.items() if key not in NOT_STORED},
         }
       )
     return found
