@@ -429,7 +429,8 @@ def reads() -> ConfigDict:
 COLLECT_PRESETS = {  # preset -> what it changes of `collect('star')`: of the section, of its env
   # arXiv 2203.14465: greedy, and for problems it fails again with the answer as a hint
   'star': ({}, {}),
-  # arXiv 2308.01825: rejection sampling, 100 samples at temperature .7
+  # arXiv 2308.01825: rejection sampling, 100 samples at temperature .7; the paper keeps one of each
+  # list of equations, here every different text is kept
   'rft': ({'p_rationalization': 0.0}, {'num_generations': 100, 'temperature': 0.7}),
   # arXiv 2312.06585: 32 samples at .7 among the 40 likeliest tokens, at most 10 kept of a problem
   'rest_em': (
@@ -457,8 +458,7 @@ def collect(preset: str) -> ConfigDict:
     # of showing the hint where no sample was right, and of storing the problem with it; STaR 1, 0
     'p_rationalization': 1.0,
     'p_show_hint_save': 0.0,
-    'max_per_problem': 0,  # rows kept of a problem; 0 = all that differ
-    'eval_every': 0,
+    'max_per_problem': 0,  # rows kept of a problem, the first ones; 0 = all that differ
   }
   greedy = {'num_generations': 1, 'temperature': 0.0, 'max_kept_tokens': 0, 'slots': 512}
   of_section, of_env = COLLECT_PRESETS[preset]
@@ -467,11 +467,12 @@ def collect(preset: str) -> ConfigDict:
 
 
 def collected(phase: str) -> ConfigDict:
-  """What the latest run of a collect phase kept."""
+  """What the latest run of a collect phase kept; '' with a `path`: what another run did."""
   return ConfigDict(
     {
       'name': 'collected',
       'phase': phase,
+      'path': '',  # of a dataset, where there is no phase
       'seed': 0,  # of the order
       'balance': '',  # a field of meta whose values are seen equally often, such as 'digits'
     }
@@ -480,8 +481,7 @@ def collected(phase: str) -> ConfigDict:
 
 def evaluate() -> ConfigDict:
   """Metrics only."""
-  section = {'kind': 'evaluate', 'trains': 'policy', 'init': 'previous', 'steps': 0}
-  return ConfigDict({**section, 'eval_every': 0})
+  return ConfigDict({'kind': 'evaluate', 'trains': 'policy', 'init': 'previous', 'steps': 0})
 
 
 def single_turn() -> ConfigDict:

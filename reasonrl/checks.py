@@ -6,11 +6,12 @@ Each function raises UserError with one line that names the field, its value and
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 
 import jax
 
-from reasonrl import parameters, phases, pretrained, records, types, wiring
+from reasonrl import parameters, phases, pretrained, prompts, records, types, wiring
 
 # The least that a number may be, wherever a section has it.
 LEAST = {
@@ -39,6 +40,8 @@ def numbers(config) -> None:
         raise records.UserError(f'{where}{field}={node[field]} must be at least {least}')
     if 'steps' in node and node.kind == 'evaluate' and node.steps:
       raise records.UserError(f'{where}steps={node.steps} must be 0: such a phase only evaluates')
+    if 'steps_growth' in node and not 0 < node.steps_growth < math.inf:
+      raise records.UserError(f'{where}steps_growth={node.steps_growth} must be positive')
     for field in ('p_rationalization', 'p_show_hint_save'):
       if field in node and not 0 <= node[field] <= 1:
         raise records.UserError(f'{where}{field}={node[field]} must be in [0, 1]')
@@ -61,9 +64,11 @@ def check(setup: wiring.Setup, order) -> None:
     if phase.section.kind == 'reinforce':
       reinforced(setup, order, phase)
     if phase.env:
-      rewards(task, setup.rewards)
       draws(setup, phase.env)
+      for part in parts(task):
+        rewards(part, setup.rewards)
     sizes(setup, phase)
+    balanced(setup, order, task)
     examples(setup, phase, task)
   weights(setup, order)
 
@@ -189,16 +194,18 @@ def sizes(setup: wiring.Setup, phase: wiring.Phase) -> None:
     )
 
 
+def parts(task) -> list:
+  """The tasks that a task is made of, but for what is yet to be collected."""
+  inner = [member for _, member in getattr(task, 'members', {}).values()]
+  if inner:  # a rare one may come late in the mixture
+    return [part for member in inner for part in parts(member)]
+  return [] if getattr(task, 'phase', '') else [task]
+
+
 def rewards(task, given) -> None:
   """Where an example has a reward of its own it must be one of the run: nothing else would pay."""
-  first = [task.example('train', i) for i in range(256)]
-  members, left = [], [task]
-  while left:  # a rare member of a mixture may come later than that
-    member = left.pop()
-    members += [member.example('train', 0)]
-    left += [inner for _, inner in getattr(member, 'members', {}).values()]
-    left += [member.task] if hasattr(member, 'task') else []
-  for example in [*first, *members]:
+  count = max(256, task.epoch('train')) if hasattr(task, 'epoch') else 256
+  for example in (task.example('train', i) for i in range(min(count, 100_000))):
     name = example.meta.get(records.CHECKED_BY)
     if name is not None and name not in given:
       raise records.UserError(
@@ -208,12 +215,41 @@ def rewards(task, given) -> None:
 
 def examples(setup: wiring.Setup, phase: wiring.Phase, task) -> None:
   """The first training examples must fit the prompt, and for supervised phases a packed row."""
-  if phase.datasets:  # which are not there yet
-    return
-  for example in setup.augmented(task.example('train', i) for i in range(32)):
+  shown = phase.section.few_shot if phase.section.kind == 'supervised' else True
+  worked = getattr(task, 'worked', None)
+  if shown and setup.prompter.few_shot == prompts.TASK and worked is None:
+    raise records.UserError(
+      f"prompt.few_shot='task', but the task of {phase.name} has no worked examples: give a file"
+    )
+  rationalizes = phase.section.kind == 'collect' and phase.section.p_rationalization
+  for raw in (part.example('train', i) for part in parts(task) for i in range(32)):
+    (example,) = setup.augmented([raw])
     if phase.section.kind == 'supervised':
       setup.supervised_sequence(example, phase.section)
     else:
       setup.prompt(example)
-    if phase.section.kind == 'collect' and phase.section.p_rationalization:
-      setup.prompt(records.show_hint(example))
+    if rationalizes and records.HINT_SHOWN in example.meta:
+      raise records.UserError(
+        f'{phase.name}.p_rationalization={rationalizes}, but problems of {example.task} show their '
+        'hint already'
+      )
+    if rationalizes:
+      setup.prompt(*setup.augmented([records.show_hint(raw)]))
+
+
+def balanced(setup: wiring.Setup, order, task) -> None:
+  """What is balanced by a fact must come from problems that have it."""
+  members = [member for _, member in getattr(task, 'members', {}).values()]
+  for member in members:
+    balanced(setup, order, member)
+  name, field = getattr(task, 'phase', ''), getattr(task, 'balance', '')
+  if not name or not field:
+    return
+  source = setup.phases[name].task(functools.partial(dataset, setup.config, order, name))
+  for part in parts(source):
+    found = part.example('train', 0).meta
+    if not isinstance(found.get(field), str | int):
+      raise records.UserError(
+        f'balance={field!r} is not a name or number that problems of {name} have: '
+        f'{", ".join(sorted(found)) or "none"}'
+      )

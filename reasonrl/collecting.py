@@ -5,7 +5,8 @@ A kept completion is right, whole, and new:
 1. right: the reward that decides the example says 1 (the indicator of STaR, arXiv 2203.14465);
 2. whole: it ends with EOS, or the reward knows where the answer ends (`trim`) and what follows is
    cut off. Its ids are those that were sampled;
-3. new: no row has the same problem and text, and the problem has fewer than `max_per_problem` rows.
+3. new: no row has the same problem and text, and the problem has fewer than `max_per_problem` rows:
+   of more, the first ones are kept.
 
 A row is stored with the problem as it was asked, and where that showed a hint, without it, unless
 p_show_hint_save drew otherwise.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import statistics
 from typing import Any
 
 from reasonrl import evaluation, records, types
@@ -36,9 +39,13 @@ def ids_of(tokenizer, completion: records.Completion, prefill: str, text: str) -
   while low < high:  # the most ids whose text is not longer
     middle = (low + high + 1) // 2
     low, high = (middle, high) if len(decode(middle)) <= len(text) else (low, middle - 1)
-  while not text.startswith(decode(low)):  # half a character
+  while low and not text.startswith(decode(low)):  # half a character
     low -= 1
-  return [*said[:low], *tokenizer.encode(text[len(decode(low)) :]), tokenizer.eos_ids[0]]
+  rest = text[len(decode(low)) :]
+  return [*said[:low], *tokenizer.encode_user(rest), tokenizer.eos_ids[0]]
+
+
+NOT_STORED = (records.HINTED, records.TOKEN_IDS)  # no row shows an answer that was not asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Keeper:
   Attributes:
     correct: the reward that means 'right', where the example names no other.
     rewards: name -> (function, weight).
+    tokenizer: of the policy.
+    prefill: how every completion begins, already in the prompt.
   """
 
   correct: str
@@ -55,22 +64,30 @@ class Keeper:
   tokenizer: Any
   prefill: str
 
+  def solved(self, experience: types.Experience) -> set[int]:
+    """The groups with a right completion."""
+    right_R = evaluation.right(experience, self.correct)
+    return set(experience.group_R[right_R == 1].tolist())
+
   def rows(self, experience: types.Experience, stored, prompts, **place) -> list[dict[str, Any]]:
     """What to learn and where it comes from, a row for each, in the order of the rollouts.
 
     Args:
-      stored: the examples that were asked, as they are to be stored.
+      stored: the examples that were asked, by their groups, as they are to be stored.
       prompts: their places in the step.
       place: 'phase', 'iteration' and 'step', for every row.
     """
-    asked = {(e.task, e.index): (e, prompt) for e, prompt in zip(stored, prompts, strict=True)}
     samples, found = collections.Counter(), []
     for r, ok in enumerate(evaluation.right(experience, self.correct)):
       example, completion = experience.examples[r], experience.completions[r]
-      store, prompt = asked[example.task, example.index]
-      sample, samples[prompt] = samples[prompt], samples[prompt] + 1
+      group = int(experience.group_R[r])
+      store, prompt = stored[group], prompts[group]
+      sample, samples[group] = samples[group], samples[group] + 1
       text = self._whole(example, completion) if ok else None
       if text is None:
+        continue
+      ids = ids_of(self.tokenizer, completion, self.prefill, text)
+      if len(ids) > completion.cap + 1:  # a token was split into several: it may not fit a row
         continue
       found.append(
         {
@@ -86,17 +103,18 @@ class Keeper:
           'problem': store.problem,
           'answer': store.answer,
           'solution': text,
-          'token_ids': ids_of(self.tokenizer, completion, self.prefill, text),
-          'meta': {key: fact for key, fact in store.meta.items() if key != records.HINTED},
+          'token_ids': ids,
+          'meta': {key: fact for key, fact in store.meta.items() if key not in NOT_STORED},
         }
       )
     return found
 
   def _whole(self, example, completion) -> str | None:
-    """The text to keep of a right completion; None if it does not end."""
+    """The text to keep of a right completion; None if it does not end, or ends in the prefill."""
     reward = self.rewards[example.meta.get(records.CHECKED_BY, self.correct)][0]
     if hasattr(reward, 'trim'):
-      return reward.trim(completion.text)
+      text = reward.trim(completion.text)
+      return text if text is not None and text.startswith(self.prefill) else None
     return completion.text if completion.stop == records.Stop.EOS else None
 
 
@@ -121,10 +139,10 @@ class Dataset:
 
 
 def describe(fresh: list[dict[str, Any]]) -> dict[str, float]:
-  """Mean of every part of the rewards over the new rows, without and with a hint."""
-  found = {}
-  for name, hinted in (('plain', False), ('hinted', True)):
-    rows = [row['parts'] for row in fresh if row['hinted'] == hinted]
-    for part in rows[0] if rows else ():
-      found[f'collect/{name}/{part}'] = sum(row[part] for row in rows) / len(rows)
-  return found
+  """Mean of every part of the rewards over the new rows to which it applies, by hint."""
+  found = collections.defaultdict(list)
+  for row in fresh:
+    for part, value in row['parts'].items():
+      if not math.isnan(value):
+        found[f'collect/{"hinted" if row["hinted"] else "plain"}/{part}'].append(value)
+  return {name: statistics.fmean(values) for name, values in found.items()}

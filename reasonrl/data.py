@@ -35,7 +35,8 @@ class Source:
 class Stream:
   """Batches of `size` examples over all processes, from batch `position` on; threads read ahead.
 
-  Stream 0, 1, ... of a split have no example in common: every phase of a run reads its own.
+  Stream 0, 1, ... of a split have no position in common: every phase of a run reads its own. Of a
+  task that repeats they start where an epoch does.
   """
 
   def __init__(self, task, split: str, stream: int, size: int, position: int):
@@ -43,7 +44,10 @@ class Stream:
     if size % n:
       raise records.UserError(f'a batch of {size} examples does not divide over {n} processes')
     self.position = position
-    source = grain.MapDataset.source(Source(task, split, stream * LENGTH))
+    first = stream * LENGTH
+    if hasattr(task, 'epoch'):
+      first += -first % task.epoch(split)
+    source = grain.MapDataset.source(Source(task, split, first))
     batches = source[jax.process_index() :: n].batch(size // n, batch_fn=list)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     self._iterator = iter(batches.to_iter_dataset(options))

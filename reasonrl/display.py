@@ -48,6 +48,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
   ('loss', 'loss', '{:.3f}'.format),
   ('reward', 'reward', '{:.2f}'.format),
   ('accuracy', 'accuracy', '{:.2f}'.format),
+  ('kept', 'collect/kept', '{:.0f}'.format),
   ('think', 'think_length', '{:.1f}'.format),
   ('length', 'completion_length', '{:.1f}'.format),
   ('entropy', 'entropy', '{:.2f}'.format),

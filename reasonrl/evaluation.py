@@ -169,7 +169,7 @@ def _by_value(field: str, experience: types.Experience, right_P) -> dict[str, fl
   values = [value for problem in zip(*sharding.gather(mine), strict=True) for value in problem]
   return {
     f'accuracy/{field}={each}': float(right_P[[value == each for value in values]].mean())
-    for each in sorted(set(values))
+    for each in sorted(set(values), key=lambda value: (isinstance(value, str), value))
   }
 
 

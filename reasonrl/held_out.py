@@ -57,9 +57,10 @@ def make_evaluate(setup: wiring.Setup):
   examples = setup.augmented(found[jax.process_index() :: n])
   for example in examples:  # a prompt that does not fit stops the run now, not in an hour
     setup.prompt(example)
-    if setup.evaluation.by and setup.evaluation.by not in example.meta:
+    by = setup.evaluation.by
+    if by and (by == records.HINTED or not isinstance(example.meta.get(by), str | int)):
       raise records.UserError(
-        f'evaluation.by={setup.evaluation.by!r} is not a fact of the example, which has '
+        f'evaluation.by={by!r} is not a name or number that examples have: '
         f'{", ".join(sorted(example.meta)) or "none"}'
       )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import zlib
 from typing import Any
 
 from reasonrl import records, tables
@@ -56,9 +57,16 @@ def dataset(workdir: pathlib.Path, order, index: int) -> pathlib.Path:
   return workdir / 'datasets' / f'{kept_name(order, index)}.jsonl'
 
 
+def read_datasets(workdir: pathlib.Path, order, index: int, names):
+  """What phase `index` reads of the collect phases `names`: paths, and sizes with checksums."""
+  paths = {name: dataset(workdir, order, before(order, index, name)) for name in names}
+  contents = {name: path.read_bytes() for name, path in paths.items()}
+  return paths, {name: [len(text), zlib.crc32(text)] for name, text in contents.items()}
+
+
 def collected_by(task) -> set[str]:
   """The collect phases whose datasets a task section reads."""
-  found = {task.phase} if 'phase' in task else set()
+  found = {task.phase} if 'phase' in task and task.phase else set()
   inner = [entry.task for entry in task.members.values()] if 'members' in task else []
   inner += [task.task] if 'task' in task else []
   return found.union(*map(collected_by, inner))

@@ -104,6 +104,10 @@ class Prompter:
       )
     if self.few_shot == TASK and self.worked is None:
       raise records.UserError("few_shot='task', but this task has no worked examples: give a file")
+    if self.few_shot_count and not self.few_shot:
+      raise records.UserError(
+        f"few_shot_count={self.few_shot_count} needs few_shot='task' or a file, not ''"
+      )
     least = 1 if self.few_shot == TASK else 0
     if self.few_shot_count < least:
       raise records.UserError(

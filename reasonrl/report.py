@@ -265,11 +265,17 @@ def _table(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[list[str]]:
   def cell(value):
     return f'{value:.4g}' if isinstance(value, int | float) else ''
 
-  head = ['', *(f'{row["phase"]} {row["phase_step"]}' for row in rows)]
+  head = ['', *(_place(row) for row in rows)]
   metrics.sort(key=lambda name: name.removeprefix(prefix) not in SHORT)
   lines = [[key, *(cell(row.get(key)) for row in rows)] for key in metrics]
   first = sum(name.removeprefix(prefix) in SHORT for name in metrics)
   return [head, lines[:first], lines[first:]]
+
+
+def _place(row: Mapping[str, Any]) -> str:
+  """'rl 60', or in a later iteration of a loop 'sft-3 40'."""
+  iteration = f'-{row["iteration"]}' if row.get('iteration') else ''
+  return f'{row["phase"]}{iteration} {row["phase_step"]}'
 
 
 def _chosen(samples, rows):
@@ -291,7 +297,7 @@ def _chosen(samples, rows):
   for step, evaluated in sorted(keys):
     chosen = groups[step, evaluated]
     what = 'held-out' if evaluated else 'training samples'
-    title = f'{chosen[0]["phase"]} {chosen[0]["phase_step"]}, {what}'
+    title = f'{_place(chosen[0])}, {what}'
     out.append((title, [_pieces(row) for row in chosen[:8]]))
   return out
 

@@ -49,6 +49,7 @@ class Facts(NamedTuple):
   at_reference: bool  # the policy that sampled still was the reference
   old_policy: str  # see `wiring.Phase.old_policy`
   learning: bool  # the learning rate is above 0
+  reinforcing: bool  # what was sampled is trained on
   synced: bool  # the sampler was meant to have the parameters of the learner, not older ones
 
 
@@ -127,12 +128,12 @@ def _mask(row, facts):
 
 
 def _eos(row, facts):
-  bad = row.get('eos_rate', 1.0) < EOS_RATE
+  bad = facts.reinforcing and row.get('eos_rate', 1.0) < EOS_RATE
   return f'{row["eos_rate"]:.1%} of the completions end by themselves' if bad else ''
 
 
 def _rewards(row, facts):
-  bad = 'reward_std' in row and not row['reward_std'] > REWARD_STD
+  bad = facts.reinforcing and 'reward_std' in row and not row['reward_std'] > REWARD_STD
   return f'all rewards of a step are equal, {row["reward"]:.3g}' if bad else ''
 
 

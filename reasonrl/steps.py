@@ -140,27 +140,27 @@ def collect(stage: tooling.Stage, position):
       return phase.env.rollout(tools, named, step)
 
   def make(state, read, step):
-    examples = setup.augmented(stream.next())
+    raw = stream.next()
+    examples = setup.augmented(raw)
     prompts = [i * jax.process_count() + jax.process_index() for i in range(len(examples))]
     place = {'phase': phase.name, 'iteration': stage.place[1], 'step': step + 1}
     experiences = [rollout('collect', examples, state, read, step)]
     rows = keeper.rows(experiences[0], examples, prompts, **place)
 
-    solved = {row['prompt'] for row in rows}
+    solved = keeper.solved(experiences[0])
     rngs = [stage.rng('rationalize', step, prompt) for prompt in prompts]
     shows, saves = np.asarray([rng.random(2) for rng in rngs]).T
-    asks = [
-      i
-      for i, prompt in enumerate(prompts)
-      if prompt not in solved and shows[i] < section.p_rationalization
-    ]
+    fails = [i for i in range(len(examples)) if i not in solved]
+    asks = [i for i in fails if shows[i] < section.p_rationalization]
     asked = sharding.total(len(asks))
     if asked:  # then all processes sample, even one that has nothing to ask
-      hinted = [records.show_hint(example) for example in examples]
-      experiences.append(rollout('hint', [hinted[i] for i in asks or [0]], state, read, step))
-      saved = [hinted[i] if saves[i] < section.p_show_hint_save else examples[i] for i in asks]
+      hinted = setup.augmented([records.show_hint(raw[i]) for i in asks or [0]])
+      experience = rollout('hint', hinted, state, read, step)
       if asks:
-        rows += keeper.rows(experiences[1], saved, [prompts[i] for i in asks], **place)
+        experiences.append(experience)
+        pairs = zip(asks, hinted, strict=True)
+        stored = [h if saves[i] < section.p_show_hint_save else examples[i] for i, h in pairs]
+        rows += keeper.rows(experience, stored, [prompts[i] for i in asks], **place)
     every = [row for mine in sharding.gather(rows) for row in mine]
     fresh = dataset.admit(sorted(every, key=lambda row: (row['prompt'], row['sample'])))
 
@@ -174,12 +174,14 @@ def collect(stage: tooling.Stage, position):
       'samples': sharding.total(len(completions)),
       'sampled_tokens': sharding.total(sum(c.num_tokens for c in completions)),
     }
+    tokens = sum(int(experience.length_B.sum()) for experience in experiences)
     return Step(
       updates=[],
       describe=lambda: (
         describe_experience(setup, experiences[0])
         | {f'collect/{name}': float(count) for name, count in counts.items()}
         | collecting.describe(fresh)
+        | {'timing/tokens': sharding.total(tokens)}
       ),
       transcripts=lambda: [
         sample

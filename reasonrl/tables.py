@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -14,6 +15,15 @@ def lookup(table: dict, name: str, what: str):
   if name not in table:
     raise records.UserError(f'{what}={name!r} is not one of {", ".join(sorted(table))}')
   return table[name]
+
+
+@contextlib.contextmanager
+def named(what: str):
+  """A UserError inside begins with the section that it is about."""
+  try:
+    yield
+  except records.UserError as error:
+    raise records.UserError(f'{what}: {error}') from None
 
 
 def build(cls, section, *without: str, **built):
@@ -48,8 +58,10 @@ def make_task(table: dict, section, what: str, dataset: Callable[[str], pathlib.
     }
   if 'task' in section:
     built['task'] = make_task(table, section.task, f'{what}.task', dataset)
-  if 'phase' in section:
+  if 'phase' in section and section.phase:
     if dataset is None:
       raise records.UserError(f'{what}: what {section.phase} collects is for the task of a phase')
-    built['path'] = dataset(section.phase)
-  return build(lookup(table, section.name, f'{what}.name'), section, 'name', **built)
+    built['path'] = str(dataset(section.phase))
+  cls = lookup(table, section.name, f'{what}.name')
+  with named(what):
+    return build(cls, section, 'name', **built)

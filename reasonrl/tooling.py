@@ -2,7 +2,7 @@
 
 make_tools     sampling, rewards, rendering and random keys
 make_score     log-probabilities of given tokens, packed like training batches
-make_window_score  the same, where there are none
+make_window_score  the same for rollouts that nothing trains on
 """
 
 from __future__ import annotations

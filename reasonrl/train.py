@@ -58,7 +58,10 @@ TABLES = {
 }
 FAILURES = ('reward_timeouts', 'reward_errors')
 COUNTS = (*FAILURES, 'completions')  # by the reward tool
-START = {'step': 0, 'data': 0, 'evaluated': False, 'sentinels': {}, 'dataset': 0}  # of a phase
+START = {  # of a phase
+  **{'step': 0, 'data': 0, 'evaluated': False, 'sentinels': {}},
+  **{'dataset': 0, 'datasets': None},  # bytes it has collected; checksums of what it reads
+}
 # Fields in which a resumed run may differ from the run it continues: they change no result, the
 # mesh beyond rounding.
 MAY_DIFFER = ('mesh', 'rewarding', 'log', 'sentinels', 'checkpoint', 'compilation_cache')
@@ -170,18 +173,18 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   start, position, evaluated = saved['step'], saved['data'], saved['evaluated']
 
   # ---- this phase's learner, state and data
-  read_from = {
-    n: phases.dataset(path, order, phases.before(order, index, n)) for n in phase.datasets
-  }
-  source = section.init
-  for n, dataset in read_from.items():
-    if not sharding.agree(dataset.stat().st_size):
+  learned, stamps = phases.read_datasets(path, order, index, phase.datasets)
+  if saved['datasets'] not in (None, stamps):
+    raise records.UserError(f'{path}/datasets has changed since the run stopped in {name}')
+  begins = section.init
+  for n, (size, _) in stamps.items():
+    if not sharding.agree(int(size > 0)):
       screen.note(f'{name} has nothing to learn: {n} kept nothing; the parameters stay as they are')
-      steps, source = 0, 'previous'
+      steps, begins = 0, 'previous'
   screen.phase(name, section.kind, steps, start)
   screen.status('loading parameters')
   init = functools.partial(parameters.init, setup, order, index, path)
-  state = resume[1]['policy'] if resume else student.init(init(section.trains, source))
+  state = resume[1]['policy'] if resume else student.init(init(section.trains, begins))
   read = dict(resume[1]['followers']) if resume else {}
   for role, source in phase.reads.items():
     if role not in read:
@@ -191,7 +194,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   tally = collections.defaultdict(float)
   dataset = phases.dataset(path, order, index)
   lines = open_dataset(dataset, saved['dataset']) if section.kind == 'collect' else None
-  task = phase.task(read_from.__getitem__)
+  task = phase.task(learned.__getitem__)
   stage = tooling.Stage(setup, phase, task, dataset, (index, iteration), tally)
   make = STEPS[section.kind](stage, position)
   pending, began, seen = None, 0.0, saved['sentinels']
@@ -204,6 +207,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       at_reference=step == 1 and phase.starts_at_reference,
       old_policy=phase.old_policy,
       learning=phases.updates(section) and section.optim.learning_rate > 0,
+      reinforcing=section.kind == 'reinforce',
       synced='sampler' not in phase.followers or (step - 1) % section.sampler_sync_steps == 0,
     )
 
@@ -266,7 +270,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
     flush()
     host = {'index': index, 'step': step, 'data': position, 'evaluated': evaluated, 'best': best}
     host |= {'offsets': metrics.offsets(), 'tokenizer': setup.tokenizer.fingerprint}
-    host |= {'sentinels': seen, 'dataset': lines.offset() if lines else 0}
+    host |= {'sentinels': seen, 'dataset': lines.offset() if lines else 0, 'datasets': stamps}
     followers = {role: read[role] for role in phase.followers}
     run.store.save(before + step, {'policy': state, 'followers': followers}, host)
 
@@ -275,7 +279,8 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       setup.poll()
       # ---- evaluate: at the start of the run, at the end of a phase, and when due
       last = step == steps
-      due = section.eval_every and step and step % section.eval_every == 0
+      every = section.eval_every if phases.updates(section) else 0
+      due = every and step and step % every == 0
       changed = last and section.kind != 'collect'
       if (changed or due or index == step == 0) and not evaluated:
         flush()
@@ -303,8 +308,8 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
           given = sentinels.checksum(read['sampler'])
         made = make(state, read, step)
         position, evaluated, reports = made.position, False, []
-        for kept in made.kept if lines else ():
-          lines.write(kept)
+        for example in made.kept if lines else ():
+          lines.write(example)
         with profiling.timed(tally, 'update'):
           for u, update in enumerate(made.updates):
             grads, loss, report = student.gradients(state.params, *update)

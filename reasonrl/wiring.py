@@ -132,7 +132,8 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
     for name, fields in config.prompt.augmentations.items()
   )
   built = {'augmentations': augmentations, 'worked': getattr(task, 'worked', None)}
-  prompter = tables.build(prompts.Prompter, config.prompt, **built)
+  with tables.named('prompt'):
+    prompter = tables.build(prompts.Prompter, config.prompt, **built)
   rewards = {}
   for name, fields in config.rewards.items():
     cls = tables.lookup(table['reward'], name, 'rewards')

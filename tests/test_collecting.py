@@ -14,12 +14,16 @@ from reasonrl import (
   checkpoint,
   collecting,
   data,
+  evaluate,
   logs,
+  optim,
   parameters,
   phases,
   preemption,
+  prompts,
   records,
   rewarding,
+  sampling,
   tokenizers,
   train,
   types,
@@ -63,7 +67,7 @@ class Pairs:
 
   eos_ids = (0,)
 
-  def encode(self, text):
+  def encode_user(self, text):
     return [1000 + ord(c) for c in text]
 
   def decode(self, ids, skip_special):
@@ -263,10 +267,97 @@ def test_the_probabilities_of_the_hint(tmp_path, pool, scripted, changes, kept):
 
 def test_rationalisation_is_drawn_for_each_problem(tmp_path, pool, scripted):
   c = config(collect__p_rationalization=0.5, collect__prompts_per_step=64)
+  c.collect.p_show_hint_save = 0.5
   assert train.run(c, str(tmp_path / 'run'), pool) == 0
   (step,) = [row for row in rows_of(tmp_path / 'run', 'train') if row['phase'] == 'collect']
   assert step['collect/solved'] == 32 and 8 <= step['collect/asked'] <= 24  # of 32, sd 2.8
   assert 0 < step['collect/rationalized'] < step['collect/asked']
+  rows = logs.read_rows(tmp_path / 'run' / 'datasets' / 'collect.jsonl')
+  hinted = [row for row in rows if row['hinted']]
+  shown = [row for row in hinted if not row['problem'].endswith('Target:')]
+  assert 0 < len(shown) < len(hinted)  # whether to show and whether to store are drawn apart
+
+
+def variants(self, tools, example, request):
+  """Three samples of a problem: wrong, right, right by another scratchpad."""
+  text = ('\n</scratch>\n9 9 9 9', example.solution, f'\n</scratch>\n{example.answer}')[request % 3]
+  return [*tools.tokenizer.encode(text), tools.tokenizer.eos_ids[0]]
+
+
+@pytest.mark.parametrize(('most', 'samples'), [(0, [1, 2]), (1, [1])])
+def test_several_samples_of_a_problem(tmp_path, pool, scripted, monkeypatch, most, samples):
+  monkeypatch.setattr(Scripted, 'said', variants)
+  c = config(collect__env__num_generations=3, collect__max_per_problem=most)
+  assert train.run(c, str(tmp_path / 'run'), pool) == 0
+  rows = logs.read_rows(tmp_path / 'run' / 'datasets' / 'collect.jsonl')
+  assert [(row['prompt'], row['sample']) for row in rows] == [
+    (prompt, sample) for prompt in range(4) for sample in samples
+  ]
+  (step,) = [row for row in rows_of(tmp_path / 'run', 'train') if row['phase'] == 'collect']
+  assert (step['collect/solved'], step['collect/asked'], step['collect/samples']) == (4, 0, 12)
+  assert step['collect/plain/addition/trace'] == (0.5 if len(samples) == 2 else 1.0)
+
+
+def test_a_problem_that_comes_twice_in_a_step(tmp_path, pool, scripted):
+  c = config()
+  c.collect.task = common.subset(c.task, 2)  # the first it solves, the second with the hint
+  assert train.run(c, str(tmp_path / 'run'), pool) == 0
+  rows = logs.read_rows(tmp_path / 'run' / 'datasets' / 'collect.jsonl')
+  assert [(row['index'], row['prompt'], row['hinted']) for row in rows] == [
+    (0, 0, False),
+    (1, 1, True),
+  ]
+  (step,) = [row for row in rows_of(tmp_path / 'run', 'train') if row['phase'] == 'collect']
+  assert (step['collect/solved'], step['collect/asked']) == (2, 2)
+
+
+def test_the_two_passes_draw_apart(tmp_path, pool, scripted, monkeypatch):
+  purposes, real = [], sampling.row_keys
+
+  def row_keys(seed, purpose, *place):
+    purposes.append(purpose)
+    return real(seed, purpose, *place)
+
+  monkeypatch.setattr(sampling, 'row_keys', row_keys)
+  assert train.run(config(), str(tmp_path / 'run'), pool) == 0
+  assert [purpose for purpose in purposes if purpose != 'eval'] == ['collect', 'hint']
+
+
+def test_an_augmentation_is_applied_once(tmp_path, pool, scripted, monkeypatch):
+  def loud(seed, example):
+    return dataclasses.replace(example, problem=f'{example.problem} Go:')
+
+  monkeypatch.setitem(prompts.AUGMENTATIONS, 'loud', loud)
+  asked, learned = [], []
+  said, sequence = Scripted.said, data.supervised_sequence
+
+  def watch(self, tools, example, sample):
+    asked.append(example.problem)
+    return said(self, tools, example, sample)
+
+  def learn(tokenizer, prompt, prefill, example, row_length):
+    learned.extend([example.problem] if records.TOKEN_IDS in example.meta else [])
+    return sequence(tokenizer, prompt, prefill, example, row_length)
+
+  monkeypatch.setattr(Scripted, 'said', watch)
+  monkeypatch.setattr(data, 'supervised_sequence', learn)
+  c = config(prompt__augmentations=('loud',), tokenizer__byte_fallback=True)
+  c.prompt.max_length, c.sft.row_length = 72, 128
+  assert train.run(c, str(tmp_path / 'run'), pool) == 0
+  assert len(asked) == 6 and all(problem.count(' Go:') == 1 for problem in asked)
+  assert sum('Target: Go:' in problem for problem in asked) == 4  # without a hint
+  assert learned and all(problem.endswith('Target: Go:') for problem in learned)
+
+
+def test_it_can_be_evaluated(tmp_path, pool, scripted):
+  c = config(times=2)
+  assert train.run(c, str(tmp_path / 'run'), pool) == 0
+  chosen = evaluate.prepare(c, str(tmp_path / 'run'), '', '')
+  assert chosen.evaluate.init.endswith('phases/sft-1')
+  assert train.run(chosen, str(tmp_path / 'again'), pool) == 0
+  (again,) = rows_of(tmp_path / 'again', 'eval')
+  last = rows_of(tmp_path / 'run', 'eval')[-1]
+  assert again['eval/greedy/outcomes'] == last['eval/greedy/outcomes']
 
 
 def test_every_iteration_starts_from_the_base_and_samples_with_the_last(
@@ -280,6 +371,8 @@ def test_every_iteration_starts_from_the_base_and_samples_with_the_last(
     return real(setup, order, index, workdir, model, source)
 
   monkeypatch.setattr(parameters, 'init', init)
+  schedules, build = set(), optim.build
+  monkeypatch.setattr(optim, 'build', lambda c, p, n: schedules.add(n) or build(c, p, n))
   c = config(times=3, sft__steps=2, sft__steps_added=1)
   assert train.run(c, str(tmp_path / 'run'), pool) == 0
   assert begun == [
@@ -295,6 +388,7 @@ def test_every_iteration_starts_from_the_base_and_samples_with_the_last(
     *((2, 1), (2, 2), (2, 3), (2, 4)),
   ]
   assert [row['step'] for row in steps] == [4, 5, 7, 8, 9, 11, 12, 13, 14]
+  assert schedules == {2, 3, 4}  # the schedule begins anew and ends with the phase
   folders = {path.name for path in (tmp_path / 'run' / 'phases').iterdir()}
   assert folders >= {'collect-2', 'sft-0', 'sft-1', 'sft-2'}
   assert train.run(c, str(tmp_path / 'run'), pool) == 0  # a finished run is left alone
@@ -316,9 +410,17 @@ def test_where_nothing_was_kept_the_parameters_stay(tmp_path, pool, scripted, mo
   assert not [row for row in rows_of(tmp_path / 'run', 'train') if row['phase'] == 'sft']
 
 
+def short_sums():
+  task = common.addition()
+  task.max_digits = 2
+  return task
+
+
 PAUSED = {
   **{'times': 2, 'collect__steps': 3, 'collect__p_rationalization': 0.6},
   'checkpoint__save_every': 2,
+  # the third step has the problems of the first again: what it solves by itself is not new
+  'collect__task': common.subset(short_sums(), 8),
 }
 
 
@@ -354,6 +456,8 @@ def test_stopped_anywhere_it_goes_on_exactly(
   assert train.run(config(**PAUSED), str(stopped), pool) == 0
   for name in ('datasets/collect-0.jsonl', 'datasets/collect-1.jsonl', 'rollouts.jsonl'):
     assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes(), name
+  rows = logs.read_rows(stopped / 'datasets' / 'collect-0.jsonl')
+  assert {row['step'] for row in rows if not row['hinted']} == {1, 2}
   for a, b in zip(*(leaves(w / 'phases' / 'sft-1') for w in (undisturbed, stopped)), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -391,13 +495,74 @@ def test_worked_examples_stand_before_what_is_sampled_and_not_in_what_is_learned
 
 
 def test_accuracy_by_a_fact_that_examples_do_not_have(tmp_path, pool, scripted):
-  with pytest.raises(records.UserError, match=r"evaluation.by='size' is not a fact .* has checked"):
+  with pytest.raises(
+    records.UserError, match=r"evaluation.by='size' is not a name or number .* checked_by"
+  ):
     train.run(config(evaluation__by='size'), str(tmp_path / 'run'), pool)
+
+
+def test_where_nothing_more_was_kept_the_last_parameters_stay(
+  tmp_path, pool, scripted, monkeypatch
+):
+  said, rollout, collects = Scripted.said, Scripted.rollout, []
+
+  def count(self, tools, state, step):
+    collects.append(step)
+    return rollout(self, tools, state, step)
+
+  def once(self, tools, example, sample):
+    return said(self, tools, example, sample) if len(collects) <= 2 else [5, 6, 7]
+
+  monkeypatch.setattr(Scripted, 'rollout', count)
+  monkeypatch.setattr(Scripted, 'said', once)
+  assert train.run(config(times=2), str(tmp_path / 'run'), pool) == 0
+  base, first, second = (
+    leaves(tmp_path / 'run' / 'phases' / n) for n in ('pretrain', 'sft-0', 'sft-1')
+  )
+  assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+  assert not all(np.array_equal(a, b) for a, b in zip(base, first, strict=True))
+
+
+def test_a_dataset_that_changed_while_the_run_was_stopped(tmp_path, pool, scripted, monkeypatch):
+  real = preemption.StopSignal.poll
+
+  def poll(self):
+    if (tmp_path / 'run' / 'datasets' / 'collect.jsonl').exists() and not stopped:
+      if any(row['phase'] == 'sft' for row in rows_of(tmp_path / 'run', 'train')):
+        stopped.append(True)
+        raise preemption.Stopped(143)
+    real(self)
+
+  stopped = []
+  monkeypatch.setattr(preemption.StopSignal, 'poll', poll)
+  c = config(sft__steps=6)
+  assert train.run(c, str(tmp_path / 'run'), pool) == 143
+  path = tmp_path / 'run' / 'datasets' / 'collect.jsonl'
+  path.write_text(path.read_text().replace('addition', 'subtract'))
+  with pytest.raises(records.UserError, match='datasets has changed since the run stopped in sft'):
+    train.run(c, str(tmp_path / 'run'), pool)
+
+
+def shown():
+  task = common.addition()
+  task.hint = 'shown'
+  return task
+
+
+def misspelt():
+  task = common.collected('collect')
+  task.balance = 'digit'
+  return task
 
 
 @pytest.mark.parametrize(
   ('field', 'value', 'says'),
   [
+    ('sft__steps_growth', float('nan'), 'sft.steps_growth=nan must be positive'),
+    ('sft__steps_growth', -1.2, 'sft.steps_growth=-1.2 must be positive'),
+    ('collect__task', shown(), 'collect.p_rationalization=1.0, but problems of addition show'),
+    ('sft__task', misspelt(), "balance='digit' is not a name or number that problems of collect"),
+    ('prompt__few_shot_count', 3, "prompt: few_shot_count=3 needs few_shot='task' or a file"),
     ('collect__p_rationalization', 1.5, r'collect.p_rationalization=1.5 must be in \[0, 1\]'),
     ('sft__row_length', 64, 'sft.row_length=64 is shorter than prompt.max_length=64 plus '),
     ('phases', ('pretrain', 'sft'), "sft.task reads phase='collect', which is not an earlier"),

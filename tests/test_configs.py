@@ -44,8 +44,8 @@ def fields(cls):
 
 
 def check_task(section):
-  """A task section has the fields of its class, but for what is built: the path of a dataset."""
-  assert fields(train.TASKS[section.name]) - {'path'} | {'name'} == set(section)
+  """A task section has the fields of its class, and so have those inside it."""
+  assert fields(train.TASKS[section.name]) | {'name'} == set(section)
   inner = [entry.task for entry in section.members.values()] if 'members' in section else []
   for task in inner + ([section.task] if 'task' in section else []):
     check_task(task)

@@ -108,3 +108,22 @@ def test_a_row_may_be_exactly_full():
 def test_a_task_without_solutions_cannot_feed_a_supervised_phase():
   with pytest.raises(records.UserError, match="task 'counting' has no solutions"):
     supervised([5], None)
+
+
+def test_streams_of_a_task_that_repeats_start_where_an_epoch_does():
+  """So that a stream that is as long as an epoch has every example once."""
+
+  class Repeating(Counting):
+    def epoch(self, split):
+      return 7
+
+  for number in (0, 1, 5):
+    first = indices(data.Stream(Repeating(), 'train', number, 7, 0), 1)[0][0]
+    assert first % 7 == 0 and number * data.LENGTH <= first < number * data.LENGTH + 7
+
+
+def test_a_solution_that_was_sampled_is_learned_as_it_was_sampled():
+  meta = {records.TOKEN_IDS: [30, 31, 3]}
+  example = records.Example('t', 'train', 0, '', '', 'abc', meta)
+  row = data.supervised_sequence(Letters(), [7, 8], '', example, 8)
+  assert row.tokens_T.tolist() == [7, 8, 30, 31, 3] and row.index_M.tolist() == [2, 3, 4]

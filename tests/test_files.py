@@ -193,7 +193,7 @@ def test_bad_files(tmp_path, content, message):
 @pytest.mark.parametrize('name', ['jsonl', 'gsm8k', 'commonsenseqa'])
 def test_a_file_that_is_not_named(name):
   for split, paths in (('train', ('', 'a')), ('test', ('a', ''))):
-    with pytest.raises(records.UserError, match=f"task.{split}='' must be a JSONL file"):
+    with pytest.raises(records.UserError, match=f"{split}='' must be a JSONL file"):
       TASKS[name](0, *paths)
 
 

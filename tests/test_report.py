@@ -157,11 +157,12 @@ def test_accuracy_by_a_fact_of_the_problems_has_a_panel(tmp_path, monkeypatch):
 
   rows = [by(held_out(10, 'pretrain', 0.3), 0.5, 0.0)]
   rows += [train(11, 'collect', reward=0.5, accuracy=0.5), train(12, 'sft', loss=1.0)]
-  rows += [by(held_out(12, 'sft', 0.6), 0.9, 0.3)]
+  rows += [by(held_out(12, 'sft', 0.6) | {'iteration': 3, 'phase_step': 12}, 0.9, 0.3)]
   drawn = curves(monkeypatch, workdir(tmp_path, rows))
   assert drawn['Held-out accuracy, greedy'] == {
     'digits=1': [[10, 0.5], [12, 0.9]],
     'digits=2': [[10, 0.0], [12, 0.3]],
   }
+  assert 'sft-3 12' in (report.html(tmp_path)).read_text()
   # The evaluation after what was learned from the collected rows belongs to the first panel.
   assert drawn['Accuracy']['held-out, sampled (95% interval)'] == [[10, 0.3], [12, 0.6]]

@@ -6,13 +6,17 @@ For one step on samples at temperature 1, without restart and with nothing else 
 the gradient of the kept completions' likelihood is that of J, up to the factor sampled / kept.
 """
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from reasonrl import data, learner, packing, records
+from reasonrl import collecting, data, learner, packing
+from reasonrl.tasks import TASKS
 
 
 def test_on_a_policy_of_two_tokens():
@@ -37,11 +41,18 @@ def gradients(student, params, sequences, denominator):
   return jax.tree.leaves(grads)
 
 
-def test_the_engine_has_the_same_gradient():
-  """What `collect` stores, under 'nll', against the experience under an indicator reward."""
+def test_the_engine_has_the_same_gradient(tmp_path):
+  """What `collect` stores and a phase reads, under 'nll', against an indicator reward."""
   policy = tiny.model()
   params = policy.init(jax.random.key(1))
   experience = tiny.experience([1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 2, 2], [3, 5, 2, 4, 6, 1])
+  prompt, end = experience.prompt_length_B, experience.length_B
+  said = [tuple(t[p:n].tolist()) for t, p, n in zip(experience.tokens_BT, prompt, end, strict=True)]
+  completions = [
+    dataclasses.replace(completion, token_ids=ids)
+    for completion, ids in zip(experience.completions, said, strict=True)
+  ]
+  experience = dataclasses.replace(experience, completions=tuple(completions))
   algorithm = tiny.algorithm(
     baseline='none', scale_rewards='none', surrogate='reinforce', loss_agg='seq_mean_token_sum'
   )
@@ -51,13 +62,15 @@ def test_the_engine_has_the_same_gradient():
   reinforce = tiny.make_learner(policy, params, learner.Term(algorithm.token_loss, None))
   policy_gradient = gradients(reinforce, params, sampled, denominator)
 
-  kept = []
-  for row in np.flatnonzero(experience.reward_R):
-    tokens = experience.tokens_BT[row, : experience.length_B[row]].tolist()
-    start = int(experience.prompt_length_B[row])
-    meta = {records.TOKEN_IDS: tokens[start:]}
-    example = records.Example('t', 'train', 0, '', '', 'not encoded again', meta)
-    kept.append(data.supervised_sequence(None, tokens[:start], '', example, 16))
+  keeper = collecting.Keeper('accuracy', {'accuracy': (None, 1.0)}, None, '')
+  asked = [experience.examples[r] for r in (0, 2, 4)]
+  rows = keeper.rows(experience, asked, range(3), phase='collect', iteration=0, step=1)
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  read = TASKS['collected'](phase='collect', seed=0, balance='', path=str(path))
+  prompts = {f'p{r}': experience.tokens_BT[r, : prompt[r]].tolist() for r in range(6)}
+  examples = [read.example('train', i) for i in range(3)]
+  kept = [data.supervised_sequence(None, prompts[e.problem], '', e, 16) for e in examples]
   # 3 of 6 were kept; the supervised loss is a mean over their 3 + 2 + 6 tokens
   trained = sum(seq.index_M.size for seq in kept)
   assert trained == 11 and denominator == 6

@@ -148,7 +148,7 @@ def tables(found) -> str:
   digits = list(next(iter(found.values()))[0]['iterations'][0]['digits'])
   lines = ['| arm | seeds | all | ' + ' | '.join(f'{d} digits' for d in digits) + ' |']
   lines.append('|' + '---|' * (3 + len(digits)))
-  base = [run['iterations'][0] for run in found['rationalize']]
+  base = [run['iterations'][0] for run in next(iter(found.values()))]
   for name, ends in [
     ('base', base),
     *((ARMS[arm], [run['iterations'][-1] for run in runs]) for arm, runs in found.items()),

@@ -6,7 +6,8 @@ trained for it keeps whole. `splits` keeps train and test apart; where examples 
 `files`, the files do. `mixture` and `subset` are made of such tasks; `collected` reads what a phase
 of the run has kept.
 
-For few-shot prompts it may have `worked(example, count) -> list[Example]`: other examples with
+A task whose split repeats may say so with `epoch(split)`, the number of examples. For few-shot
+prompts it may have `worked(example, count) -> list[Example]`: other examples with
 solutions, such as stand before this one; also a pure function.
 """
 

@@ -123,7 +123,9 @@ class Addition:
     same = dataclasses.replace(self, min_digits=digits, max_digits=digits, hint='none')
     for i in range(POOL):
       other = same.example('train', (example.index + i) % POOL)
-      if other.answer != example.answer and len(found) < count:
+      if len(found) == count:
+        break
+      if other.answer != example.answer:
         found.setdefault(other.problem, other)
     if len(found) < count:
       raise records.UserError(f'{count} worked examples of {digits} digits: only {len(found)}')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import pathlib
 from typing import ClassVar
 
 from reasonrl import records
@@ -25,15 +24,15 @@ class Collected:
 
   symbols: ClassVar[tuple[str, ...]] = ()
 
-  phase: str
+  phase: str  # whose latest dataset it is; '' = another run's, at `path`
   seed: int  # of the order
   balance: str  # a field of meta; '' = every row is seen equally often
-  path: pathlib.Path  # of the dataset that the phase wrote last
+  path: str
 
   @functools.cached_property
   def _classes(self) -> list[list[dict]]:
     """The rows by their value of `balance`."""
-    rows, classes = files.read(str(self.path)), collections.defaultdict(list)
+    rows, classes = files.read(self.path), collections.defaultdict(list)
     for row in rows:
       if self.balance and self.balance not in row['meta']:
         raise records.UserError(
@@ -41,14 +40,13 @@ class Collected:
           f'{", ".join(sorted(row["meta"])) or "none"}'
         )
       classes[row['meta'][self.balance] if self.balance else ''].append(row)
-    return [classes[value] for value in sorted(classes)]
+    order = sorted(classes, key=lambda value: (isinstance(value, str), value))
+    return [classes[value] for value in order]
 
   def example(self, split: str, index: int) -> records.Example:
     """The row at position `index`; there is no test split."""
     if split != 'train':
-      raise records.UserError(
-        f'what {self.phase} collected is to learn from: it has no {split} split'
-      )
+      raise records.UserError(f'what was collected is to learn from: it has no {split} split')
     turn, own = index % len(self._classes), index // len(self._classes)
     rows = self._classes[turn]
     row = rows[files.shuffled(self.seed, f'class {turn}', len(rows), own)]

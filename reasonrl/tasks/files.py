@@ -95,7 +95,7 @@ class Files:
   def __post_init__(self):
     for split in splits.SPLITS:
       if not getattr(self, split):
-        raise records.UserError(f"task.{split}='' must be a JSONL file")
+        raise records.UserError(f"{split}='' must be a JSONL file")
 
   @staticmethod
   def parse(row: dict) -> dict[str, Any]:
@@ -115,6 +115,11 @@ class Files:
         raise records.UserError(f'{path}, line {index + 1}: {error}') from None
       examples.append(records.Example(task=self.name, split=split, index=index, **fields))
     return examples
+
+  def epoch(self, split: str) -> int:
+    """The rows of a split's file: every so many positions hold each of them once."""
+    splits.check(split, 0)
+    return len(self._examples[split])
 
   def example(self, split: str, index: int) -> records.Example:
     """The row at position `index` of the shuffled epochs of a split's file."""

@@ -16,7 +16,11 @@ from reasonrl.tasks import files
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl(files.Files):
-  """Rows that hold the fields of an example; any other key is an error."""
+  """Rows that hold the fields of an example; any other key is an error.
+
+  meta.checked_by names the reward that decides, meta.hinted is the problem with its hint, if they
+  are not the usual ones.
+  """
 
   name = 'jsonl'
 
@@ -29,6 +33,9 @@ class Jsonl(files.Files):
       'solution': files.field(row, 'solution', str | None),
       'meta': files.field(row, 'meta', dict | None) or {},
     }
+    reserved = sorted({records.HINT_SHOWN, records.TOKEN_IDS} & fields['meta'].keys())
+    if reserved:
+      raise records.UserError(f'meta.{reserved[0]} is not for files: a run sets it itself')
     unknown = sorted(row.keys() - fields.keys())
     if unknown:
       raise records.UserError(f'unknown key {unknown[0]!r}; choices: {", ".join(fields)}')

@@ -33,6 +33,10 @@ class Subset:
     """The task's own worked examples, None where it has none."""
     return getattr(self.task, 'worked', None)
 
+  def epoch(self, split: str) -> int:
+    """After how many examples the train split repeats."""
+    return self.size if split == 'train' else 1
+
   def example(self, split: str, index: int) -> records.Example:
     """Example `index` of the task, in the train split modulo the size."""
     splits.check(split, index)
