@@ -114,7 +114,7 @@ def weights(setup: wiring.Setup, order) -> None:
 def draws(setup: wiring.Setup, env) -> types.Spec:
   """How an environment draws; the ranges are checked by `types.Spec`."""
   drawn = (env.temperature, env.top_k, env.top_p, env.min_p, env.max_kept_tokens)
-  return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids))
+  return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids), ())
 
 
 def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:

@@ -14,7 +14,7 @@ same state.
 Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned
 into a token by inverse CDF. So a draw depends on neither the batch layout nor the device count.
 
-Left out on purpose: shared-prefix attention, cache segments, compaction, slot refill, controls.
+Left out on purpose: shared-prefix attention, cache segments, compaction, slot refill.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from reasonrl import ops, records, sharding, types
+from reasonrl import controls, ops, records, sharding, types
 
 # Part of every random key; later methods add theirs.
 PURPOSES = {
@@ -51,6 +51,9 @@ class State:
   end_B: jax.Array  # a row stops at this length
   stop_B: jax.Array
   key_B: jax.Array  # uint32 [B, 2]
+  start_B: jax.Array  # where the completion begins
+  numbers: dict  # of the controls: int32 [B] each
+  controls: tuple | None  # their states; None until a decode begins them
   kept_BSK: jax.Array | None  # ids each token was drawn from; None until a draw remembers them
   size_B: jax.Array | None  # the largest kept set of a row's tokens, remembered whole or not
 
@@ -236,6 +239,9 @@ class Sampler:
         end_B=jnp.full(B, slots, jnp.int32),
         stop_B=jnp.full(B, int(records.Stop.RUNNING), jnp.int32),
         key_B=jnp.zeros((B, 2), jnp.uint32),
+        start_B=length_B,
+        numbers={},
+        controls=None,
         kept_BSK=None,
         size_B=None,
       )
@@ -249,11 +255,15 @@ class Sampler:
     return self._constrain(dataclasses.replace(rest, cache=cache))
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-  def assign(self, state: State, key_B, max_new_B) -> State:
-    """Gives rows their keys and the most new tokens each may get; 0 stops a row at once."""
+  def assign(self, state: State, key_B, max_new_B, numbers) -> State:
+    """Gives rows their keys, the most new tokens each may get, and the numbers of their controls.
+
+    0 new tokens stop a row at once. `numbers`: name -> int32 [B], see `controls`.
+    """
     end_B = jnp.minimum(state.length_B + max_new_B, state.tokens_BS.shape[1])
     stop_B = jnp.where(end_B <= state.length_B, int(records.Stop.LENGTH), state.stop_B)
-    return dataclasses.replace(state, key_B=key_B, end_B=end_B, stop_B=stop_B)
+    fields = {'key_B': key_B, 'end_B': end_B, 'stop_B': stop_B, 'numbers': numbers}
+    return dataclasses.replace(state, start_B=state.length_B, controls=None, **fields)
 
   @functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
   def decode(self, params, state: State, spec: types.Spec, max_new) -> State:
@@ -263,6 +273,11 @@ class Sampler:
     if most and state.kept_BSK is None:
       empty = {'kept_BSK': jnp.full((B, S, most), -1, jnp.int32), 'size_B': jnp.zeros(B, jnp.int32)}
       state = self._constrain(dataclasses.replace(state, **empty))
+    view = controls.View(state.tokens_BS, state.length_B, state.start_B)
+    if spec.controls and state.controls is None:
+      begun = tuple(control.begin(view) for control in spec.controls)
+      state = self._constrain(dataclasses.replace(state, controls=begun))
+    furthest = max((control.furthest_back for control in spec.controls), default=0)
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
     may = (state.stop_B != eos) & (state.length_B < limit_B)
@@ -280,15 +295,32 @@ class Sampler:
         params, pending_B1, position_B[:, None], live[:, None].astype(jnp.int32), state.cache
       )
       z_BV = ops.logits(hidden_B1D[:, 0], head_VD, bias_V, form)
+      view = controls.View(state.tokens_BS, state.length_B, state.start_B)
+      pairs = list(zip(spec.controls, state.controls or (), strict=True))
+      for control, own in pairs:
+        z_BV = control.bias(own, state.numbers, view, z_BV)
       token_B, logp_B, weight_BV = draw(z_BV, uniforms(state.key_B, state.length_B), spec)
+      nothing_B = jnp.zeros_like(token_B)
+      made, after = controls.Step(token_B, nothing_B, nothing_B > 0), []
+      for control, own in pairs:
+        new, made = control.step(own, state.numbers, view, made, stop_ids)
+        after.append(jax.tree.map(lambda n, o: jnp.where(live, n, o), new, own))
+      token_B, back_B, written_B = made
       # A stopped row writes outside the array, which drops the write.
-      slot_B = jnp.where(live, state.length_B, S)
+      slot_B = jnp.where(live, state.length_B - back_B, S)
       put = lambda x, value: x.at[rows_B, slot_B].set(value, mode='drop')
-      length_B = state.length_B + live
+      length_B = jnp.where(live, slot_B + 1, state.length_B)
+      source_BS, logp_BS = state.source_BS, state.logp_BS
+      for j in range(1, furthest):  # what was taken back beyond the new token belongs to nobody
+        gone_B = jnp.where(live & (j < back_B), slot_B + j, S)
+        source_BS = source_BS.at[rows_B, gone_B].set(jnp.int8(types.PROMPT), mode='drop')
+        logp_BS = logp_BS.at[rows_B, gone_B].set(0.0, mode='drop')
+      source_B = jnp.where(written_B, types.ENVIRONMENT, types.POLICY).astype(jnp.int8)
       stop_B = jnp.where(live & (length_B >= limit_B), length, state.stop_B)
-      is_stop = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
+      is_stop = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1) & ~written_B
       if most:
         kept_BK, size_B = kept_ids(weight_BV, most)
+        kept_BK = jnp.where(written_B[:, None], -1, kept_BK)
         size_B = jnp.maximum(state.size_B, jnp.where(live, size_B, 0))
         kept_BSK = put(state.kept_BSK, kept_BK)
         state = dataclasses.replace(state, kept_BSK=kept_BSK, size_B=size_B)
@@ -296,8 +328,9 @@ class Sampler:
         state,
         cache=cache,
         tokens_BS=put(state.tokens_BS, token_B),
-        source_BS=put(state.source_BS, jnp.int8(types.POLICY)),
-        logp_BS=put(state.logp_BS, logp_B),
+        source_BS=put(source_BS, source_B),
+        logp_BS=put(logp_BS, jnp.where(written_B, 0.0, logp_B)),
+        controls=tuple(after) if pairs else state.controls,
         length_B=length_B,
         stop_B=jnp.where(live & is_stop, eos, stop_B),
       )
@@ -375,7 +408,8 @@ class Sampler:
       poll()
       state = self._start(params, requests, wave, used, slots, most, window)
       state = self.decode(params, state, spec, max_new)
-      rows = sharding.fetch_rows(dataclasses.replace(state, cache=None, key_B=None, end_B=None))
+      unused = dict.fromkeys(('cache', 'key_B', 'end_B', 'start_B', 'controls'))
+      rows = sharding.fetch_rows(dataclasses.replace(state, **unused, numbers={}))
       out.append(jax.tree.map(lambda x, n=wave.size: x[:n], rows))
     rows = jax.tree.map(lambda *x: np.concatenate(x), *out)
     if rows.size_B is not None:
@@ -402,11 +436,14 @@ class Sampler:
     state = self.prefill(params, *sharding.put_rows((tokens, length), self.mesh), window)
     rows, key = np.zeros(slots, np.int32), np.zeros((slots, 2), np.uint32)
     max_new = np.zeros(slots, np.int32)
+    numbers = {name: np.zeros(slots, np.int32) for name in requests.numbers}
+    for name, number_R in requests.numbers.items():
+      numbers[name][: wave.size] = number_R[wave]
     rows[: wave.size] = np.searchsorted(used, requests.prompt_R[wave])
     rows += jax.process_index() * most  # fork indexes the rows of all processes
     key[: wave.size], max_new[: wave.size] = requests.key_R[wave], requests.max_new_R[wave]
-    rows, key, max_new = sharding.put_rows((rows, key, max_new), self.mesh)
-    return self.assign(self.fork(state, rows), key, max_new)
+    rows, key, max_new, numbers = sharding.put_rows((rows, key, max_new, numbers), self.mesh)
+    return self.assign(self.fork(state, rows), key, max_new, numbers)
 
   def _constrain(self, state: State) -> State:
     """Rows over data and fsdp, key/value heads over tensor where they divide."""

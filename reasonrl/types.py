@@ -101,6 +101,7 @@ class Spec:
   min_p: float
   max_kept_tokens: int  # most ids of a truncated draw to remember; 0 = remember none
   stop_ids: tuple[int, ...]
+  controls: tuple  # of `controls`, in the order in which they apply
 
   def __post_init__(self):
     if self.temperature < 0 or self.top_k < 0 or self.max_kept_tokens < 0 or not self.stop_ids:
@@ -128,6 +129,7 @@ class Requests:
   prompt_R: np.ndarray  # int32, which prompt each request continues
   key_R: np.ndarray  # uint32 [R, 2], from `sampling.row_keys`
   max_new_R: np.ndarray  # int32, the most tokens each may get
+  numbers: dict[str, np.ndarray]  # of the controls: int32 [R] each
 
 
 @dataclasses.dataclass(frozen=True)

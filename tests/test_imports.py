@@ -30,6 +30,7 @@ LAYERS = (
       'rollouts',
       'profiling',
       'pretrained',
+      'controls',
     ),
     *('tokenizers', 'logs', 'display', 'sharding'),
   ),

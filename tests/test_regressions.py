@@ -211,8 +211,9 @@ def sampled():
     prompt_R=prompt_R,
     key_R=sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(12), 0),
     max_new_R=np.full(12, 8, np.int32),
+    numbers={},
   )
-  spec = types.Spec(0.6, 0, 1.0, 0.0, 0, (3, 8))
+  spec = types.Spec(0.6, 0, 1.0, 0.0, 0, (3, 8), ())
   return model, params, sampler, sampler.generate(params, requests, spec, 0, lambda: None)
 
 
@@ -244,7 +245,7 @@ def test_bug_10_sampler_reports_untempered_scores():
 def test_bug_11_truncated_sampling_biases_the_ratio():
   """TRL: top-p samples, scored by the whole distribution. Here both are over the kept tokens."""
   z = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-  spec = types.Spec(1.0, 2, 1.0, 0.0, 2, (0,))
+  spec = types.Spec(1.0, 2, 1.0, 0.0, 2, (0,), ())
   token, logp, weight_BV = sampling.draw(z, jnp.array([0.9]), spec)
   kept_BK, _ = sampling.kept_ids(weight_BV, 2)
   form = (1.0, None, 1.0, jnp.dtype('float32'))

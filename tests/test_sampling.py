@@ -66,8 +66,10 @@ def params(sampler):
   return sampler.layout(parameters(sampler.model))
 
 
-def spec(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_kept_tokens=0, stop_ids=NEVER):
-  return types.Spec(temperature, top_k, top_p, min_p, max_kept_tokens, stop_ids)
+def spec(
+  temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_kept_tokens=0, stop_ids=NEVER, controls=()
+):
+  return types.Spec(temperature, top_k, top_p, min_p, max_kept_tokens, stop_ids, controls)
 
 
 def keys(samples, seed=0):
@@ -89,6 +91,7 @@ def ask(prompt_R, max_new, prompts=PROMPTS, width=6, seed=0):
     prompt_R=prompt_R,
     key_R=keys(np.arange(prompt_R.size), seed),
     max_new_R=np.broadcast_to(np.asarray(max_new, np.int32), prompt_R.shape),
+    numbers={},
   )
 
 
@@ -664,7 +667,7 @@ def start(sampler, params, tokens_BT, length_B, max_new=S, seed=0):
   B = len(length_B)
   state = sampler.prefill(params, jnp.asarray(tokens_BT), jnp.asarray(length_B), S)
   max_new_B = jnp.broadcast_to(jnp.asarray(max_new, jnp.int32), (B,))
-  return sampler.assign(state, jnp.asarray(keys(np.arange(B), seed)), max_new_B)
+  return sampler.assign(state, jnp.asarray(keys(np.arange(B), seed)), max_new_B, {})
 
 
 def first(sampler, params, max_new=S):
@@ -787,7 +790,7 @@ def test_fork_is_a_copy(sampler, params):
 
 def test_forked_rows_with_new_keys_part(sampler, params):
   state = sampler.fork(first(sampler, params), jnp.asarray([1, 1, 1]))
-  state = sampler.assign(state, jnp.asarray(keys(range(3))), jnp.full(3, S))
+  state = sampler.assign(state, jnp.asarray(keys(range(3))), jnp.full(3, S), {})
   state = sampler.decode(params, state, spec(), 8)
   assert len(np.unique(np.asarray(state.tokens_BS), axis=0)) == 3
 

@@ -60,7 +60,11 @@ def test_rollout(stops):
   env = environment(num_generations=2, temperature=0.5, slots=3)
   found = env.rollout(tools, {'params': 'weights', 'version': 9}, step=5)
   params, requests, spec, slots = tools.asked
-  assert (params, slots, spec) == ('weights', 3, types.Spec(0.5, 0, 1.0, 0.0, 64, BYTES.eos_ids))
+  assert (params, slots, spec) == (
+    'weights',
+    3,
+    types.Spec(0.5, 0, 1.0, 0.0, 64, BYTES.eos_ids, ()),
+  )
   assert requests.prompt_R.tolist() == [0, 0, 1, 1] and requests.length_P.tolist() == [1, 2]
   assert requests.max_new_R.tolist() == [4] * 4
   # A key depends on the example's own index and the sample, not on the place in the batch.

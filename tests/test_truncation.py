@@ -63,8 +63,9 @@ def sample(sampler, params, how, temperature, seed=0) -> types.Samples:
     prompt_R=np.repeat(np.arange(3, dtype=np.int32), 8),
     key_R=sampling.row_keys(seed, 'train', 0, 0, 0, 0, np.arange(24), 0),
     max_new_R=np.full(24, 12, np.int32),
+    numbers={},
   )
-  spec = types.Spec(temperature=temperature, stop_ids=(0,), **fields)
+  spec = types.Spec(temperature=temperature, stop_ids=(0,), controls=(), **fields)
   return sampler.generate(params, requests, spec, 0, lambda: None)
 
 

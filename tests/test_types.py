@@ -168,7 +168,7 @@ def test_token_rewards_lie_on_the_completion():
 )
 def test_spec_refuses_what_cannot_be_sampled(field, value):
   good = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'max_kept_tokens': 0}
-  good['stop_ids'] = (1,)
+  good |= {'stop_ids': (1,), 'controls': ()}
   types.Spec(**good)
   with pytest.raises(records.UserError, match=rf'{field}='):
     types.Spec(**(good | {field: value}))

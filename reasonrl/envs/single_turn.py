@@ -42,6 +42,7 @@ class SingleTurn:
       prompt_R=prompt_R,
       key_R=tools.row_keys(step, id_R, sample_R, 0),
       max_new_R=np.full(prompt_R.size, self.max_completion_length, np.int32),
+      numbers={},
     )
     spec = types.Spec(
       temperature=self.temperature,
@@ -50,6 +51,7 @@ class SingleTurn:
       min_p=self.min_p,
       max_kept_tokens=self.max_kept_tokens,
       stop_ids=tuple(tools.tokenizer.eos_ids),
+      controls=(),
     )
     samples = tools.generate(state['params'], requests, spec, self.slots)
     experience = types.Experience(
