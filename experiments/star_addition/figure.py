@@ -113,7 +113,16 @@ def draw_digits(found, path) -> None:
     xs = range(len(runs[0]['iterations']))
     for digits, colour in zip(runs[0]['iterations'][0]['digits'], seeds.COLOURS, strict=False):
       values = [[each['digits'][digits] for each in run['iterations']] for run in runs]
-      lines(axis, xs, values, color=colour, marker='o', ms=3, lw=1.8, label=f'{digits} digits')
+      lines(
+        axis,
+        xs,
+        values,
+        color=colour,
+        marker='o',
+        ms=3,
+        lw=1.8,
+        label=f'{digits} digit{"s" * (digits != "1")}',
+      )
     overall = [[each['accuracy'] for each in run['iterations']] for run in runs]
     lines(axis, xs, overall, color='black', ls='--', lw=1.5, label='all problems')
     plain_axis(axis, ARMS[arm], 'iteration (0: the base)')
