@@ -15,7 +15,7 @@ been shown.
 Expected on two CPU cores (experiments/star_addition/ has the runs: three seeds, five iterations):
   the first      7 min; held-out greedy accuracy from .47 to .85, two seeds of three above .99
                  (seed 0: .53, then 1.00 from the first iteration on, but for one)
-  :plain         about as long; to .68, one seed of three above .99
+  :plain         to .68, one seed of three above .99; a sixth less time
   :debug         a minute; no more than a check that everything runs
   :smollm2       28 min; greedy accuracy on 256 held-out sums from .37 to .56 and, in the second
                  iteration, .49 (experiments/star_smollm2/ says why)
