@@ -148,7 +148,10 @@ def learning(section):
 
 
 def relative(config, preset):
-  """A relative of STaR: many samples of a problem instead of a hint, about as many in all."""
+  """A relative of STaR: many samples of a problem instead of a hint, about as many in all.
+
+  The right scratchpad of a sum is unique, so here hardly more than one sample of a problem is kept.
+  """
   collect = common.collect(preset)
   generations = collect.env.num_generations
   config.collect.env.update(collect.env)
