@@ -54,7 +54,8 @@ def numbers(config) -> None:
 
 def check(setup: wiring.Setup, order) -> None:
   """Everything that can be wrong with what was built."""
-  rewards(setup.task, setup.rewards)
+  for part in parts(setup.task):
+    rewards(part, setup.rewards)
   draws(setup, setup.evaluation_env)
   for name, phase in setup.phases.items():
     source(setup.config, order, name, phase.section.init, f'{name}.init')

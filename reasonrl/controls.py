@@ -1,15 +1,15 @@
 """Sampler controls: what may be drawn, and what is written instead of it, row by row in the graph.
 
-1. A control is a frozen dataclass of token ids: part of the compiled program. Its numbers (a budget,
-   a count) are arrays with one entry per row, so that rows of one batch may differ.
-2. Before a draw `bias` may forbid tokens; after it `step` may write another token in its place, and
-   take back tokens that came before it. What a control writes is of the source ENVIRONMENT: it
-   carries no gradient, and counts as a token everywhere.
+1. A control is a frozen dataclass of token ids: part of the compiled program. Its numbers (a
+   budget, a count) are arrays with one entry per row, so that rows of one batch may differ.
+2. Before a draw `bias` may forbid tokens; after it `step` may write another token in its place,
+   and take back tokens that came before it. What a control writes is of the source ENVIRONMENT:
+   it carries no gradient, and counts as a token everywhere.
 3. Strings are matched as token ids, on what the row holds, whoever wrote it.
 
-`ThinkBudget` is budget forcing (s1, arXiv 2501.19393, section 3.1), `Force` begins a completion, and
-`Forbid` keeps tokens away for a while. Several apply in order; the first that writes a token has the
-step. Left out on purpose: matching of text that the tokenizer would cut differently.
+`ThinkBudget` is budget forcing (s1, arXiv 2501.19393, section 3.1), `Force` begins a completion,
+and `Forbid` keeps tokens away for a while. Several apply in order; the first that writes a token
+has the step. Left out on purpose: matching of text that the tokenizer would cut differently.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ A scripted sampler writes right and wrong completions, so every row of the datas
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,7 +16,6 @@ from reasonrl import (
   checkpoint,
   collecting,
   data,
-  evaluate,
   logs,
   optim,
   parameters,
@@ -350,14 +351,15 @@ def test_an_augmentation_is_applied_once(tmp_path, pool, scripted, monkeypatch):
 
 
 def test_it_can_be_evaluated(tmp_path, pool, scripted):
-  c = config(times=2)
-  assert train.run(c, str(tmp_path / 'run'), pool) == 0
-  chosen = evaluate.prepare(c, str(tmp_path / 'run'), '', '')
-  assert chosen.evaluate.init.endswith('phases/sft-1')
-  assert train.run(chosen, str(tmp_path / 'again'), pool) == 0
-  (again,) = rows_of(tmp_path / 'again', 'eval')
-  last = rows_of(tmp_path / 'run', 'eval')[-1]
-  assert again['eval/greedy/outcomes'] == last['eval/greedy/outcomes']
+  run, again = tmp_path / 'run', tmp_path / 'again'
+  assert train.run(config(times=2), str(run), pool) == 0
+  command = [sys.executable, '-m', 'reasonrl.evaluate', f'--workdir={run}', f'--to={again}']
+  done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert 'accuracy/digits=1' in done.stdout
+  (row,), last = rows_of(again, 'eval'), rows_of(run, 'eval')[-1]
+  assert last['phase'] == 'sft' and last['iteration'] == 1
+  assert row['eval/greedy/outcomes'] == last['eval/greedy/outcomes']
 
 
 def test_every_iteration_starts_from_the_base_and_samples_with_the_last(

@@ -233,7 +233,7 @@ def test_rows_of_a_batch_have_their_own_numbers(sampler, params):
   each = numbers(np.arange(24) % 5 + 1)
   together = list(rows_of(generate(sampler, params, (BUDGET,), each)))
   waves = list(rows_of(generate(sampler, params, (BUDGET,), each, slots=7)))
-  for (a, source, _), (b, _, _) in zip(together, waves, strict=True):
+  for (a, _, _), (b, _, _) in zip(together, waves, strict=True):
     assert a == b
   for r, (said, source, _) in enumerate(together):
     limit = r % 5 + 1
@@ -246,7 +246,7 @@ def test_rows_of_a_batch_have_their_own_numbers(sampler, params):
 def test_force_and_forbid(sampler, params):
   force, forbid = controls.Force((3, 5, 3)), controls.Forbid((EOS, CLOSE))
   given = {'forced': np.arange(24) % 4, 'forbidden': 8}
-  for r, (said, source, logp) in enumerate(
+  for r, (said, source, _) in enumerate(
     rows_of(generate(sampler, params, (force, forbid), given))
   ):
     n = r % 4

@@ -29,6 +29,7 @@ LAYERS = (
       'stats',
       'rollouts',
       'profiling',
+      'drawing',
       'pretrained',
       'controls',
     ),

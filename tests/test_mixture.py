@@ -21,7 +21,7 @@ def make(**weights):
 
 
 def build(section):
-  return tables.make_task(TASKS, section, 'task')
+  return tables.make_task(TASKS, section, 'task', None)
 
 
 THREE = common.mixture(

@@ -32,6 +32,7 @@ from test_objective_grid import Bigram
 from reasonrl import (
   advantages,
   aggregation,
+  drawing,
   evaluation,
   learner,
   optim,
@@ -246,8 +247,8 @@ def test_bug_11_truncated_sampling_biases_the_ratio():
   """TRL: top-p samples, scored by the whole distribution. Here both are over the kept tokens."""
   z = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
   spec = types.Spec(1.0, 2, 1.0, 0.0, 2, (0,), ())
-  token, logp, weight_BV = sampling.draw(z, jnp.array([0.9]), spec)
-  kept_BK, _ = sampling.kept_ids(weight_BV, 2)
+  token, logp, weight_BV = drawing.draw(z, jnp.array([0.9]), spec)
+  kept_BK, _ = drawing.kept_ids(weight_BV, 2)
   form = (1.0, None, 1.0, jnp.dtype('float32'))
   trained, _ = policy_loss.token_logps(z, jnp.eye(3), jnp.zeros(3), token, form, 1, kept_BK)
   assert int(token[0]) == 1

@@ -264,3 +264,11 @@ def test_a_reward_that_fails(tmp_path, pool, monkeypatch):
   names, rows = names_of(paid(monkeypatch, 'fails'), tmp_path / 'run', pool)
   assert names == [['verifier'], ['verifier']]
   assert rows[0]['reward_errors'] == rows[0]['completions'] == 16
+
+
+def test_samples_that_nothing_trains_on_may_be_cut_off_and_equal():
+  """Of a phase that collects: a base model seldom ends by itself, and most of its answers fail."""
+  row = {'eos_rate': 0.0, 'reward_std': 0.0, 'reward': 0.0}
+  steps = sentinels.PATIENCE
+  assert {'eos', 'rewards'} <= set(fired(row, steps=steps))
+  assert not {'eos', 'rewards'} & set(fired(row, FACTS._replace(reinforcing=False), steps))

@@ -22,12 +22,20 @@ from reasonrl.tasks import TASKS
 def test_on_a_policy_of_two_tokens():
   """By hand: p(1) = sigmoid(theta) for both tokens; right is '11'."""
   theta, samples = 0.3, [(1, 1), (1, 0), (0, 1), (1, 1), (0, 0)]
-  logp = lambda theta, pair: sum(jax.nn.log_sigmoid(theta if t else -theta) for t in pair)
+  logp = lambda theta, t: jax.nn.log_sigmoid(theta if t else -theta)
   right = [pair for pair in samples if pair == (1, 1)]
-  policy_gradient = jax.grad(
-    lambda theta: sum(logp(theta, pair) * (pair == (1, 1)) for pair in samples) / len(samples)
-  )(theta)
-  star = jax.grad(lambda theta: -sum(logp(theta, pair) for pair in right) / len(right))(theta)
+
+  def mean_loss(theta, pairs, loss, advantages):
+    """Mean over the samples of the sum over their tokens of a library's token loss."""
+    logp_M = jnp.stack([logp(theta, t) for pair in pairs for t in pair])
+    adv_M = jnp.repeat(jnp.asarray(advantages, jnp.float32), 2)
+    out = learner.Out(logp_M, jnp.zeros_like(logp_M))
+    return loss(out, {'adv': adv_M, 'weight': jnp.ones_like(adv_M)})[0].sum() / len(pairs)
+
+  algorithm = tiny.algorithm(baseline='none', scale_rewards='none', surrogate='reinforce')
+  indicator = [float(pair == (1, 1)) for pair in samples]
+  policy_gradient = -jax.grad(mean_loss)(theta, samples, algorithm.token_loss, indicator)
+  star = jax.grad(mean_loss)(theta, right, learner.nll, [1.0] * len(right))
   policy_gradient, star = float(policy_gradient), float(star)
   # d log p(1) / d theta = 1 - sigmoid(.3) = .425557; two tokens, two of five samples right
   assert policy_gradient == pytest.approx(2 / 5 * 2 * 0.425557, rel=1e-5)

@@ -10,7 +10,8 @@ Writes into --to:
     tokens.png        held-out greedy accuracy of all lengths against sampled tokens, with GRPO
     tables.md         accuracies at the end, what was kept, cost
 
-Lines are means over the seeds, bands and +- the 95 % interval of that mean (Student's t).
+Thick lines are means over the seeds, thin ones the seeds; +- is the 95 % interval of the mean
+(Student's t).
 """
 
 import collections
@@ -69,7 +70,7 @@ def traces(folder: pathlib.Path) -> dict[str, float]:
 
 
 def load(runs: pathlib.Path) -> dict[str, list[dict]]:
-  """Arm -> a run for each seed."""
+  """Arm -> a run for each seed that got as far as the others of the arm."""
   found = {}
   for arm in ARMS:
     folders = sorted(runs.glob(f'{arm}-[0-9]'))
@@ -77,17 +78,20 @@ def load(runs: pathlib.Path) -> dict[str, list[dict]]:
       {'arm': arm, 'seed': int(f.name[-1]), 'iterations': iterations(f), 'traces': traces(f)}
       for f in folders
     ]
+  for arm, runs_of in found.items():
+    most = max((len(run['iterations']) for run in runs_of), default=0)
+    found[arm] = [run for run in runs_of if len(run['iterations']) == most]
+    for run in runs_of:
+      if run not in found[arm]:
+        print(f'left out: {arm}-{run["seed"]}, which is not finished')
   return {arm: of_seeds for arm, of_seeds in found.items() if of_seeds}
 
 
-def band(axis, xs, values, **style) -> None:
-  """Mean over the runs and its interval; `values`: a list for each run."""
-  points = [seeds.interval(each) for each in zip(*values, strict=True)]
-  means = [mean for mean, _ in points]
-  axis.plot(xs, means, **style)
-  if len(values) > 1:
-    low, high = ([m + sign * half for m, half in points] for sign in (-1, 1))
-    axis.fill_between(xs, low, high, color=style['color'], alpha=0.15, lw=0)
+def lines(axis, xs, values, **style) -> None:
+  """The runs and their mean; `values`: a list for each run."""
+  for each in values:
+    axis.plot(xs, each, color=style['color'], lw=0.6, alpha=0.5)
+  axis.plot(xs, [sum(each) / len(each) for each in zip(*values, strict=True)], **style)
 
 
 def plain_axis(axis, title, x) -> None:
@@ -101,17 +105,26 @@ def plain_axis(axis, title, x) -> None:
 def draw_digits(found, path) -> None:
   arms = [arm for arm in found if arm != 'grpo']
   columns = 3
-  lines = -(-len(arms) // columns)
-  figure = matplotlib.figure.Figure(figsize=(4.3 * columns, 3.6 * lines), dpi=110)
-  axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+  high = -(-len(arms) // columns)
+  figure = matplotlib.figure.Figure(figsize=(4.3 * columns, 3.6 * high), dpi=110)
+  axes = list(figure.subplots(high, columns, squeeze=False).flat)
   for axis, arm in zip(axes, arms, strict=False):
     runs = found[arm]
     xs = range(len(runs[0]['iterations']))
     for digits, colour in zip(runs[0]['iterations'][0]['digits'], seeds.COLOURS, strict=False):
       values = [[each['digits'][digits] for each in run['iterations']] for run in runs]
-      band(axis, xs, values, color=colour, marker='o', ms=3, label=f'{digits} digits')
+      lines(
+        axis,
+        xs,
+        values,
+        color=colour,
+        marker='o',
+        ms=3,
+        lw=1.8,
+        label=f'{digits} digit{"s" * (digits != "1")}',
+      )
     overall = [[each['accuracy'] for each in run['iterations']] for run in runs]
-    band(axis, xs, overall, color='black', ls='--', lw=1, label='all problems')
+    lines(axis, xs, overall, color='black', ls='--', lw=1.5, label='all problems')
     plain_axis(axis, ARMS[arm], 'iteration (0: the base)')
   for axis in axes[len(arms) :]:
     axis.remove()
@@ -129,7 +142,7 @@ def draw_tokens(found, path) -> None:
     tokens = [[each.get('sampled_tokens', 0) / 1e6 for each in run['iterations']] for run in runs]
     xs = [sum(each) / len(each) for each in zip(*tokens, strict=True)]
     values = [[each['accuracy'] for each in run['iterations']] for run in runs]
-    band(axis, xs, values, color=colour, marker='o', ms=3, label=ARMS[arm])
+    lines(axis, xs, values, color=colour, marker='o', ms=3, lw=1.8, label=ARMS[arm])
   axis.axhline(PAPER, color='grey', lw=1, ls=':')
   axis.text(0, PAPER, ' the paper: GPT-J, 16 iterations', va='bottom', fontsize=8, color='grey')
   plain_axis(axis, 'Held-out greedy accuracy, 1 to 5 digits', 'sampled tokens (millions)')
@@ -143,25 +156,40 @@ def cell(values, digits=3) -> str:
   return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
 
 
+def average(run) -> float:
+  """Mean accuracy over the iterations: how early, and how far."""
+  values = [each['accuracy'] for each in run['iterations'][1:]]
+  return sum(values) / len(values)
+
+
 def tables(found) -> str:
   """Markdown: accuracy at the end; what was kept; what it cost."""
   digits = list(next(iter(found.values()))[0]['iterations'][0]['digits'])
-  lines = ['| arm | seeds | all | ' + ' | '.join(f'{d} digits' for d in digits) + ' |']
-  lines.append('|' + '---|' * (3 + len(digits)))
+  titles = [f'{d} digit{"s" * (d != "1")}' for d in digits]
+  text = ['| arm | seeds | all | all, mean of the iterations | ' + ' | '.join(titles) + ' |']
+  text.append('|' + '---|' * (4 + len(digits)))
   base = [run['iterations'][0] for run in next(iter(found.values()))]
-  for name, ends in [
-    ('base', base),
-    *((ARMS[arm], [run['iterations'][-1] for run in runs]) for arm, runs in found.items()),
-  ]:
-    cells = [cell([end['digits'][d] for end in ends]) for d in digits]
-    overall = cell([end['accuracy'] for end in ends])
-    lines.append(f'| {name} | {len(ends)} | {overall} | ' + ' | '.join(cells) + ' |')
+  ends = {arm: [run['iterations'][-1] for run in runs] for arm, runs in found.items()}
+  for name, each in {'base': base, **{ARMS[arm]: end for arm, end in ends.items()}}.items():
+    arm = next((arm for arm in found if ARMS[arm] == name), None)
+    cells = [cell([end['accuracy'] for end in each])]
+    cells += [cell([average(run) for run in found[arm]])] if arm else ['']
+    cells += [cell([end['digits'][d] for end in each]) for d in digits]
+    text.append(f'| {name} | {len(each)} | ' + ' | '.join(cells) + ' |')
 
-  lines += [
+  text += ['', 'The same seed with rationalisation, less that arm (mean of the iterations):', '']
+  best = {run['seed']: average(run) for run in found.get('rationalize', ())}
+  for arm, runs in found.items():
+    gains = [best[run['seed']] - average(run) for run in runs if run['seed'] in best]
+    if arm != 'rationalize' and gains:
+      each = ', '.join(f'{gain:+.3f}' for gain in gains)
+      text.append(f'- {ARMS[arm]}: {cell(gains)} ({each})')
+
+  text += [
     '',
     '| arm | problems kept, first → last iteration | right scratchpads: plain, hinted |',
   ]
-  lines.append('|' + '---|' * 3)
+  text.append('|' + '---|' * 3)
   for arm, runs in found.items():
     if not runs[0]['iterations'][-1].get('kept'):
       continue
@@ -173,16 +201,16 @@ def tables(found) -> str:
 
     kept = ' → '.join(cell([share(run, which) for run in runs]) for which in (1, -1))
     right = [[run['traces'][n] for run in runs if n in run['traces']] for n in ('plain', 'hinted')]
-    lines.append(f'| {ARMS[arm]} | {kept} | ' + ', '.join(cell(r) for r in right if r) + ' |')
+    text.append(f'| {ARMS[arm]} | {kept} | ' + ', '.join(cell(r) for r in right if r) + ' |')
 
   names = ('samples', 'sampled_tokens', 'trained_tokens')
-  lines += ['', '| arm | samples | sampled tokens | trained tokens | minutes |', '|' + '---|' * 5]
+  text += ['', '| arm | samples | sampled tokens | trained tokens | minutes |', '|' + '---|' * 5]
   for arm, runs in found.items():
     ends = [run['iterations'][-1] for run in runs]
     mean = lambda name, ends=ends: sum(end.get(name, 0) for end in ends) / len(ends)
     cells = [f'{mean(name):,.0f}' for name in names]
-    lines.append(f'| {ARMS[arm]} | ' + ' | '.join(cells) + f' | {mean("seconds") / 60:.1f} |')
-  return '\n'.join(lines) + '\n'
+    text.append(f'| {ARMS[arm]} | ' + ' | '.join(cells) + f' | {mean("seconds") / 60:.1f} |')
+  return '\n'.join(text) + '\n'
 
 
 def main(_) -> None:

@@ -59,7 +59,7 @@ def field(row: Any, key: str, kind: Any) -> Any:
   return row.get(key)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # a dataset has one for each value that takes turns
 def _permutation(seed: int, stream: str, size: int, epoch: int) -> list[int]:
   uniform = random.Random(f'{seed}/{stream}/epoch {epoch}').random
   return sorted(range(size), key=lambda _: uniform())
@@ -77,7 +77,10 @@ def shuffled(seed: int, stream: str, size: int, index: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """A task with a file for each split; a subclass has its `name` and reads its rows by `parse`.
+  """A task with a file for each split.
+
+  A subclass has its `name` and `parse(row)`: problem, answer, solution and meta of a row, or a
+  UserError for a bad one.
 
   `index` of an example is its row.
 
@@ -96,11 +99,6 @@ class Files:
     for split in splits.SPLITS:
       if not getattr(self, split):
         raise records.UserError(f"{split}='' must be a JSONL file")
-
-  @staticmethod
-  def parse(row: dict) -> dict[str, Any]:
-    """problem, answer, solution and meta of a row; raises UserError for a bad one."""
-    raise NotImplementedError
 
   @functools.cached_property
   def _examples(self) -> dict[str, list[records.Example]]:
