@@ -131,7 +131,7 @@ def prompt(template: str) -> ConfigDict:
       'system': '',  # system message of 'chat'; '' = the template's own
       'prefill': '',  # how the completion is made to begin, such as '<think>'
       'add_bos': False,
-      'augmentations': {},  # augmentations(...), applied in the order of their names
+      'augmentations': {},  # augmentations(...) of every phase that has none of its own
       # worked examples before the problem: '' = none, 'task' = the task's, or a text file of them,
       # separated by blank lines
       'few_shot': '',
@@ -143,11 +143,12 @@ def prompt(template: str) -> ConfigDict:
 
 
 def augmentations(*names: str) -> ConfigDict:
-  """What is added to the problems: name -> its fields, e.g. augmentations('length_target')."""
+  """What is added to problems, in this order: name -> its fields, see reasonrl/augmentations.py."""
   fields = {
     'length_target': {  # arXiv 2503.04697
       'min_tokens': 100,  # of a target, uniform; thinking, answer and EOS
-      'max_tokens': 4000,  # below max_completion_length
+      'max_tokens': 4000,  # at most max_completion_length
+      'step': 1,  # targets are min_tokens, min_tokens + step, ...
       'share_max': 0.0,  # of targets that are a maximum; L1-Exact 0, L1-Max .5
       'template_exact': ' Think for {n} tokens.',
       'template_max': ' Think for maximum {n} tokens.',
@@ -158,6 +159,13 @@ def augmentations(*names: str) -> ConfigDict:
       'mode': 'max',  # or 'exact'
       'template': ' Reasoning effort: {level}.',
     },
+    'length_label': {  # of collected solutions: token-conditional control (arXiv 2501.19393)
+      'unit': 'think_tokens',  # | 'tokens': of the whole response | 'steps'
+      'power_of_two': True,  # rounded up to one
+      'separator': '\n\n',  # between steps
+      'template': '\n\nThink for up to {n} tokens.',
+    },
+    'suffix': {'text': ''},  # e.g. class-conditional control
   }
   return ConfigDict({name: fields[name] for name in names})
 
@@ -179,6 +187,7 @@ def shuffled_objects(num_swaps: int) -> ConfigDict:
       'direct_known_probability': 0.2,  # a direct answer knows the truth, else it guesses
       'direct_filler_probability': 0.2,
       'trace_filler_probability': 0.05,
+      'wait_probability': 0.0,  # of 'Wait' and another pass at the next stride; s1's toy .5
     }
   )
 
@@ -373,6 +382,7 @@ def supervised(learning_rate: float) -> ConfigDict:
       'trains': 'policy',
       'init': 'previous',  # 'previous' | 'scratch' | the name of an earlier phase | a path
       'task': {},  # where its examples come from; {} = config.task
+      'augmentations': {},  # of its problems; {} = prompt.augmentations
       'steps': 100,
       # in iteration n = 0, 1, ... of a loop: int(steps growth^n) + added n; STaR 40 and 1.2
       'steps_growth': 1.0,
@@ -398,6 +408,7 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       # role -> model and source of its frozen parameters; loaded where the algorithm needs the role
       'reads': {'ref': reads()},
       'task': {},  # where its problems come from; {} = config.task
+      'augmentations': {},  # of its problems; {} = prompt.augmentations
       'steps': 100,
       'prompts_per_step': 32,  # R1-Zero: 32 (arXiv 2501.12948, sec. 2.2)
       'env': single_turn(),
@@ -452,6 +463,7 @@ def collect(preset: str) -> ConfigDict:
     'trains': 'policy',  # what samples; it does not change
     'init': 'previous',
     'task': {},  # where its problems come from; {} = config.task
+    'augmentations': {},  # of its problems; {} = prompt.augmentations
     'steps': 20,
     'prompts_per_step': 512,  # STaR: 10,000 problems in all
     'env': single_turn(),
@@ -498,8 +510,27 @@ def single_turn() -> ConfigDict:
       # tokens; training on a truncated draw needs the ids that were kept, more are an error
       'max_kept_tokens': 64,
       'slots': 0,  # rows decoded at a time on each process; 0 = all
+      'controls': {},  # controls(...), applied in this order
     }
   )
+
+
+def controls(*names: str) -> ConfigDict:
+  """What is written into completions, or kept out: name -> its fields, see reasonrl/controls.py."""
+  fields = {
+    'think_budget': {  # budget forcing, arXiv 2501.19393
+      'start': '<think>',  # the prompt may end with it
+      'end': '</think>',
+      'wait': 'Wait',  # instead of an end that comes too early
+      'final': '</think><answer>',  # at the maximum; s1 '\nFinal Answer:' behind its end
+      'max_think': 0,  # tokens; 0 = no maximum
+      'min_think': 0,  # tokens
+      'ignores': 0,  # ends that are replaced in any case; s1 2, L1's baseline 100
+    },
+    'force': {'text': '', 'forced': -1},  # how a completion begins; tokens of it, -1 = all
+    'forbid': {'texts': (), 'forbidden': -1},  # for so many tokens, -1 = all
+  }
+  return ConfigDict({name: fields[name] for name in names})
 
 
 def evaluation() -> ConfigDict:
@@ -511,6 +542,7 @@ def evaluation() -> ConfigDict:
     {
       'num_examples': 1024,
       'correct': 'accuracy',  # the reward that means 'right'
+      'augmentations': {},  # of its problems; {} = prompt.augmentations
       'by': '',  # a field of meta by which accuracy is reported too, such as 'digits'
       'env': single_turn(),
     }

@@ -11,7 +11,17 @@ import pathlib
 
 import jax
 
-from reasonrl import parameters, phases, pretrained, prompts, records, types, wiring
+from reasonrl import (
+  augmentations,
+  controls,
+  parameters,
+  phases,
+  pretrained,
+  prompts,
+  records,
+  types,
+  wiring,
+)
 
 # The least that a number may be, wherever a section has it.
 LEAST = {
@@ -115,7 +125,8 @@ def weights(setup: wiring.Setup, order) -> None:
 def draws(setup: wiring.Setup, env) -> types.Spec:
   """How an environment draws; the ranges are checked by `types.Spec`."""
   drawn = (env.temperature, env.top_k, env.top_p, env.min_p, env.max_kept_tokens)
-  return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids), ())
+  applied, _ = controls.build(env.controls, setup.tokenizer)
+  return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids), applied)
 
 
 def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:
@@ -132,6 +143,8 @@ def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
   """Environment, algorithm and reference must fit each other."""
   name, section, env, algorithm = phase.name, phase.section, phase.env, phase.algorithm
   algorithm.check(env.num_generations, tuple(setup.rewards))
+  discounts = {n: fn.gamma for n, (fn, _) in setup.rewards.items() if hasattr(fn, 'gamma')}
+  algorithm.check_credit(discounts)
   unknown = algorithm.needs - wiring.SCORED_WITH.keys()
   if unknown:
     raise records.UserError(f'{name}.algorithm needs {sorted(unknown)}, which nothing provides')
@@ -156,6 +169,11 @@ def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
     raise records.UserError(
       f'{name}.env.temperature={env.temperature} must be > 0: a greedy draw has no distribution'
     )
+  if 'forbid' in env.controls:
+    raise records.UserError(
+      f"{name}.env.controls has 'forbid', which changes probabilities as the trainer does not: it "
+      'is for evaluation'
+    )
   spec = draws(setup, env)
   if spec.truncates and env.max_kept_tokens < max(env.top_k, 1):
     raise records.UserError(
@@ -169,13 +187,21 @@ def sizes(setup: wiring.Setup, phase: wiring.Phase) -> None:
   name, section, env = phase.name, phase.section, phase.env
   room = setup.prompter.max_length
   positions_of_model = setup.models[section.trains].max_position
-  envs = {'evaluation.env': setup.evaluation_env} | ({f'{name}.env': env} if env else {})
-  for what, each in envs.items():
+  envs = {'evaluation.env': (setup.evaluation_env, setup.evaluation_augmentations)}
+  if env:
+    envs[f'{name}.env'] = env, phase.augmentations
+  for what, (each, asked) in envs.items():
     if types.padded(room) + each.max_completion_length > positions_of_model:
       raise records.UserError(
         f'prompt.max_length={room} (padded to {types.padded(room)}) plus '
         f'{what}.max_completion_length={each.max_completion_length} is more than the '
         f'{positions_of_model} positions of the model'
+      )
+    longest = augmentations.longest(asked)
+    if longest > each.max_completion_length:
+      raise records.UserError(
+        f'{what}.max_completion_length={each.max_completion_length} is less than the {longest} '
+        'tokens that an augmentation asks for'
       )
   # What is trained on must fit a row; the EOS of a completion that was cut may come on top.
   longest = {n: setup.phases[n].env.max_completion_length + 1 for n in phase.datasets}
@@ -224,7 +250,7 @@ def examples(setup: wiring.Setup, phase: wiring.Phase, task) -> None:
     )
   rationalizes = phase.section.kind == 'collect' and phase.section.p_rationalization
   for raw in (part.example('train', i) for part in parts(task) for i in range(32)):
-    (example,) = setup.augmented([raw])
+    (example,) = setup.augmented([raw], phase.augmentations)
     if phase.section.kind == 'supervised':
       setup.supervised_sequence(example, phase.section)
     else:
@@ -235,7 +261,7 @@ def examples(setup: wiring.Setup, phase: wiring.Phase, task) -> None:
         'hint already'
       )
     if rationalizes:
-      setup.prompt(*setup.augmented([records.show_hint(raw)]))
+      setup.prompt(*setup.augmented([records.show_hint(raw)], phase.augmentations))
 
 
 def balanced(setup: wiring.Setup, order, task) -> None:

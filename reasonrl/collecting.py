@@ -104,7 +104,12 @@ class Keeper:
           'answer': store.answer,
           'solution': text,
           'token_ids': ids,
-          'meta': {key: fact for key, fact in store.meta.items() if key not in NOT_STORED},
+          'meta': {
+            **{key: fact for key, fact in store.meta.items() if key not in NOT_STORED},
+            records.THINK_LENGTH: evaluation.think_tokens(
+              self.tokenizer, completion, self.prefill
+            ),
+          },
         }
       )
     return found

@@ -5,19 +5,25 @@
 2. Before a draw `bias` may forbid tokens; after it `step` may write another token in its place,
    and take back tokens that came before it. What a control writes is of the source ENVIRONMENT:
    it carries no gradient, and counts as a token everywhere.
-3. Strings are matched as token ids, on what the row holds, whoever wrote it.
+3. Strings are matched as token ids, on what the row holds, whoever wrote it. A token counts as the
+   first of a string if its text ends like that token, and as the last if its text begins so: in
+   byte pairs '</think>' may end in '><'.
+4. `build` makes controls and their numbers from a section of the config.
 
 `ThinkBudget` is budget forcing (s1, arXiv 2501.19393, section 3.1), `Force` begins a completion,
 and `Forbid` keeps tokens away for a while. Several apply in order; the first that writes a token
-has the step. Left out on purpose: matching of text that the tokenizer would cut differently.
+has the step. Left out on purpose: strings that a tokenizer cuts differently in their middle.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from reasonrl import records
 
@@ -40,14 +46,34 @@ class Step(NamedTuple):
   written_B: Any  # bool, by a control
 
 
-def ends_with(view: View, token_B, pattern: tuple[int, ...], begin_B):
+# Token ids that may stand at each place of a string.
+Pattern = tuple[tuple[int, ...], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def pattern(tokenizer, text: str) -> Pattern:
+  """Where `text` stands in a row, in whatever way its ends are joined to what is beside it."""
+  ids = tokenizer.encode(text)
+  if not ids:
+    return ()
+  pieces = [tokenizer.decode([i], skip_special=False) for i in range(tokenizer.vocab_size)]
+  first, last = pieces[ids[0]], pieces[ids[-1]]
+  if len(ids) == 1:
+    return ((tuple(i for i, piece in enumerate(pieces) if first in piece)),)
+  ends = tuple(i for i, piece in enumerate(pieces) if piece.endswith(first))
+  begins = tuple(i for i, piece in enumerate(pieces) if piece.startswith(last))
+  return (ends, *((i,) for i in ids[1:-1]), begins)
+
+
+def ends_with(view: View, token_B, wanted: Pattern, begin_B):
   """bool [B]: the row with this token ends with the pattern, none of it before position begin_B."""
-  S, m = view.tokens_BS.shape[1], len(pattern)
-  found_B = token_B == pattern[-1]
-  for j, wanted in enumerate(pattern[:-1]):
+  S, m = view.tokens_BS.shape[1], len(wanted)
+  one_of = lambda x_B, ids: jnp.any(x_B[:, None] == jnp.asarray(ids, jnp.int32)[None], axis=1)
+  found_B = one_of(token_B, wanted[-1])
+  for j, ids in enumerate(wanted[:-1]):
     at_B = view.length_B - (m - 1) + j
     before_B = jnp.take_along_axis(view.tokens_BS, jnp.clip(at_B, 0, S - 1)[:, None], axis=1)[:, 0]
-    found_B &= (before_B == wanted) & (at_B >= begin_B)
+    found_B &= one_of(before_B, ids) & (at_B >= begin_B)
   return found_B
 
 
@@ -61,7 +87,7 @@ def _padded(strings: list[tuple[int, ...]]):
 class ThinkBudget:
   """Budget forcing: thinking of at most `max_think` and at least `min_think` tokens.
 
-  Thinking begins behind `start`, or with the completion, and ends with `end` or a stop id.
+  Thinking begins behind `start`, which the prompt may end with, and ends with `end` or a stop id.
 
     at the maximum           `final` is written, which holds an end of its own
     end too early, or one    the end is taken back and `wait` written instead: `ignores` times in
@@ -75,16 +101,28 @@ class ThinkBudget:
   """
 
   NUMBERS: ClassVar[tuple[str, ...]] = ('max_think', 'min_think', 'ignores')
+  STRINGS: ClassVar[tuple[str, ...]] = ('start', 'end', 'wait', 'final')
 
-  start: tuple[int, ...]  # () = the completion begins inside
-  end: tuple[int, ...]
+  start: Pattern  # () = the completion begins inside
+  end: Pattern
+  end_ids: tuple[int, ...]  # as it is written
   wait: tuple[int, ...]
   final: tuple[int, ...]
 
   def __post_init__(self):
-    for name in ('end', 'wait', 'final'):
+    for name in ('end', 'end_ids', 'wait', 'final'):
       if not getattr(self, name):
         raise records.UserError(f'think_budget: {name} has no tokens')
+
+  @classmethod
+  def of(cls, tokenizer, start: str, end: str, wait: str, final: str) -> ThinkBudget:
+    return cls(
+      start=pattern(tokenizer, start),
+      end=pattern(tokenizer, end),
+      end_ids=tuple(tokenizer.encode(end)),
+      wait=tuple(tokenizer.encode(wait)),
+      final=tuple(tokenizer.encode(final)),
+    )
 
   @property
   def furthest_back(self) -> int:
@@ -93,8 +131,13 @@ class ThinkBudget:
 
   def begin(self, view: View) -> dict:
     zero_B = jnp.zeros_like(view.length_B)
+    inside_B = zero_B == 0
+    if self.start:
+      before = view._replace(length_B=view.length_B - 1)
+      last_B = jnp.take_along_axis(view.tokens_BS, before.length_B[:, None], axis=1)[:, 0]
+      inside_B = ends_with(before, last_B, self.start, zero_B)
     return {
-      'phase_B': zero_B if self.start else zero_B + THINKING,
+      'phase_B': jnp.where(inside_B, THINKING, BEFORE),
       'begin_B': view.length_B,  # the first position of thinking
       'ignored_B': zero_B,
       'queue_B': zero_B,  # 0, or 1 + the string that is being written
@@ -106,7 +149,7 @@ class ThinkBudget:
     return z_BV
 
   def step(self, state, numbers, view, made: Step, stop_ids) -> tuple[dict, Step]:
-    strings = (self.wait, self.final, self.end)
+    strings = (self.wait, self.final, self.end_ids)
     table, sizes = _padded(list(strings)), jnp.asarray([len(ids) for ids in strings], jnp.int32)
     phase_B, queue_B, at_B = state['phase_B'], state['queue_B'], state['at_B']
     begin_B, ignored_B = state['begin_B'], state['ignored_B']
@@ -163,9 +206,10 @@ class ThinkBudget:
 
 @dataclasses.dataclass(frozen=True)
 class Force:
-  """A completion begins with `ids`: the first `forced` of them, a number."""
+  """A completion begins with `ids`: the first `forced` of them, a number; below 0: all."""
 
   NUMBERS: ClassVar[tuple[str, ...]] = ('forced',)
+  STRINGS: ClassVar[tuple[str, ...]] = ('text',)
   furthest_back: ClassVar[int] = 0
 
   ids: tuple[int, ...]
@@ -173,6 +217,10 @@ class Force:
   def __post_init__(self):
     if not self.ids:
       raise records.UserError('force: ids has no tokens')
+
+  @classmethod
+  def of(cls, tokenizer, text: str) -> Force:
+    return cls(tuple(tokenizer.encode(text)))
 
   def begin(self, view: View) -> dict:
     del view
@@ -186,20 +234,22 @@ class Force:
     del stop_ids
     said_B = view.length_B - view.start_B
     ids = jnp.asarray(self.ids, jnp.int32)
-    forced_B = (said_B < jnp.minimum(numbers['forced'], ids.size)) & ~made.written_B
+    count_B = jnp.where(numbers['forced'] < 0, ids.size, numbers['forced'])
+    forced_B = (said_B < jnp.minimum(count_B, ids.size)) & ~made.written_B
     token_B = jnp.where(forced_B, ids[jnp.minimum(said_B, ids.size - 1)], made.token_B)
     return state, made._replace(token_B=token_B, written_B=made.written_B | forced_B)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forbid:
-  """`ids` are not drawn among the first `forbidden` tokens of a completion, a number.
+  """`ids` are not drawn among the first `forbidden` tokens of a completion, a number; below 0: all.
 
   The log-probability of a token is then that of the draw without them, which a trainer that knows
   nothing of it does not reproduce: for evaluation.
   """
 
   NUMBERS: ClassVar[tuple[str, ...]] = ('forbidden',)
+  STRINGS: ClassVar[tuple[str, ...]] = ('texts',)
   furthest_back: ClassVar[int] = 0
 
   ids: tuple[int, ...]
@@ -208,13 +258,19 @@ class Forbid:
     if not self.ids:
       raise records.UserError('forbid: ids has no tokens')
 
+  @classmethod
+  def of(cls, tokenizer, texts: tuple[str, ...]) -> Forbid:
+    """Every token of the texts, wherever it stands."""
+    return cls(tuple(sorted({i for text in texts for i in tokenizer.encode(text)})))
+
   def begin(self, view: View) -> dict:
     del view
     return {}
 
   def bias(self, state, numbers, view, z_BV):
     del state
-    early_B = view.length_B - view.start_B < numbers['forbidden']
+    count_B = numbers['forbidden']
+    early_B = (count_B < 0) | (view.length_B - view.start_B < count_B)
     ids = jnp.asarray(self.ids, jnp.int32)
     return z_BV.at[:, ids].add(jnp.where(early_B, -jnp.inf, 0.0)[:, None])
 
@@ -224,3 +280,26 @@ class Forbid:
 
 
 CONTROLS = {'think_budget': ThinkBudget, 'force': Force, 'forbid': Forbid}
+
+
+def build(sections: Mapping[str, Mapping], tokenizer) -> tuple[tuple, dict[str, int]]:
+  """The controls of a config, name -> strings and numbers, and the numbers of all of them.
+
+  Raises:
+    UserError: an unknown control, an unknown, missing or bad field, or a string without tokens.
+  """
+  built, numbers = [], {}
+  for name, fields in sections.items():
+    if name not in CONTROLS:
+      raise records.UserError(f'controls: {name!r} is not one of {", ".join(CONTROLS)}')
+    cls = CONTROLS[name]
+    wrong = sorted(fields.keys() ^ {*cls.NUMBERS, *cls.STRINGS})
+    if wrong:
+      raise records.UserError(f'controls.{name}: unknown or missing: {", ".join(wrong)}')
+    for field in cls.NUMBERS:
+      value = fields[field]
+      if not isinstance(value, int) or abs(value) > np.iinfo(np.int32).max:
+        raise records.UserError(f'controls.{name}.{field}={value!r} is not a number of tokens')
+      numbers[field] = value
+    built.append(cls.of(tokenizer, **{field: fields[field] for field in cls.STRINGS}))
+  return tuple(built), numbers

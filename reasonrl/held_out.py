@@ -54,7 +54,7 @@ def make_evaluate(setup: wiring.Setup):
   if count % n:
     raise records.UserError(f'evaluation.num_examples={count} does not divide over {n} processes')
   found = distinct_examples(setup.task, 'test', count)
-  examples = setup.augmented(found[jax.process_index() :: n])
+  examples = setup.augmented(found[jax.process_index() :: n], setup.evaluation_augmentations)
   for example in examples:  # a prompt that does not fit stops the run now, not in an hour
     setup.prompt(example)
     by = setup.evaluation.by

@@ -120,7 +120,7 @@ def _advantage(cfg, env) -> list[tuple[str, str]]:
   if cfg.returns == 'to_go':
     text = f'sum of rewards from t on (gamma {cfg.gamma:g}), the outcome {text} on the last token'
   else:
-    text += ', the same on every token'
+    text += ', the same on every token, plus the credit that rewards give single tokens'
   if cfg.whiten:
     text += f'; then whitened over the tokens of the batch (std{eps})'
   weights = cfg.positive_weight, cfg.negative_weight

@@ -1,10 +1,8 @@
 """From an example to the token ids that the policy continues.
 
-1. `Prompter.augment` rewrites an example where asked (a length target, a hint): once per example,
-   so that all samples of a group and their rewards see the same `meta`.
-2. `Prompter.shots` are worked examples, from a file or the task, that stand before the problem.
-3. A template lays both out as segments of trusted and untrusted text.
-4. `Prompter.render` encodes them: what a problem contains can never become a turn mark.
+1. `Prompter.shots` are worked examples, from a file or the task, that stand before the problem.
+2. A template lays both out as segments of trusted and untrusted text.
+3. `Prompter.render` encodes them: what a problem contains can never become a turn mark.
 
 A file of worked examples is that of STaR (arXiv 2203.14465): separated by blank lines and used
 verbatim, so none of them can contain a blank line.
@@ -21,8 +19,7 @@ import functools
 import itertools
 import json
 import pathlib
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jinja2
 from jinja2 import ext, sandbox
@@ -31,9 +28,6 @@ from reasonrl import records, tokenizers
 
 # (text, trusted): trusted text is ours, and control strings in it become control ids.
 Segment = tuple[str, bool]
-
-# A pure function of (seed, example); what it decides is stored in the new example's `meta`.
-Augmentation = Callable[[int, records.Example], records.Example]
 
 # DeepSeek-R1-Zero, arXiv 2501.12948 version 2, table 1.
 R1_ZERO = (
@@ -64,7 +58,6 @@ class Prompter:
       prompt: the policy did not write it, so the environment puts it back for the rewards.
     add_bos: start with the tokenizer's BOS; not with 'chat', whose template writes its own.
     max_length: the most tokens a prompt may have: the sampler's window less the completion.
-    augmentations: of AUGMENTATIONS, applied in order by `augment`.
     few_shot: '' = no worked examples, 'task' = those of `worked`, else the path of a text file.
     few_shot_hinted: path of the file for examples that show their hint; '' = the same.
     few_shot_count: worked examples in a prompt; 0 = all of the file.
@@ -80,7 +73,6 @@ class Prompter:
   prefill: str
   add_bos: bool
   max_length: int
-  augmentations: tuple[Augmentation, ...]
   few_shot: str
   few_shot_hinted: str
   few_shot_count: int
@@ -115,12 +107,6 @@ class Prompter:
       )
     _ = self._files  # read now: a bad file stops the run at its start
 
-  def augment(self, seed: int, example: records.Example) -> records.Example:
-    """The example that task, reward and transcript will see; a pure function of its arguments."""
-    for augmentation in self.augmentations:
-      example = augmentation(seed, example)
-    return example
-
   @functools.cached_property
   def _files(self) -> dict[bool, list[str]]:
     """The worked examples of the files, for prompts without and with a hint."""
@@ -149,7 +135,7 @@ class Prompter:
   def render(
     self, tokenizer: tokenizers.Tokenizer, example: records.Example, few_shot: bool = True
   ) -> list[int]:
-    """Token ids of the (already augmented) example's prompt, prefill included.
+    """Token ids of the (already augmented, see `augmentations`) example's prompt, prefill included.
 
     Args:
       tokenizer: of the policy.
@@ -239,102 +225,6 @@ def chat(tokenizer: tokenizers.Tokenizer, system: str, problem: str) -> list[Seg
 
 
 TEMPLATES = {'plain': plain, 'r1_zero': r1_zero, 'chat': chat}
-
-
-@dataclasses.dataclass(frozen=True)
-class LengthTarget:
-  """Asks for a number of tokens, uniform and per problem (L1, arXiv 2503.04697).
-
-  `records.length_target` of the new example says what was asked.
-
-  Raises:
-    UserError: a field is out of range; with an example that has a target already.
-  """
-
-  min_tokens: int
-  max_tokens: int
-  share_max: float  # probability that the number is a maximum
-  template_exact: str  # added to the problem; {n} is the number
-  template_max: str
-
-  def __post_init__(self):
-    if not 1 <= self.min_tokens <= self.max_tokens:
-      raise records.UserError(
-        f'length_target: min_tokens={self.min_tokens}, max_tokens={self.max_tokens}: '
-        '1 <= min_tokens <= max_tokens'
-      )
-    if not 0 <= self.share_max <= 1:
-      raise records.UserError(f'length_target.share_max={self.share_max} must be in [0, 1]')
-    for name in ('template_exact', 'template_max'):
-      _check_template('length_target', name, getattr(self, name), '{n}')
-
-  def __call__(self, seed: int, example: records.Example) -> records.Example:
-    uniform = _generator(seed, 'length_target', example).random
-    tokens = self.min_tokens + int(uniform() * (self.max_tokens - self.min_tokens + 1))
-    if uniform() < self.share_max:
-      mode, template = records.MAX, self.template_max
-    else:
-      mode, template = records.EXACT, self.template_exact
-    return _targeted(example, template.replace('{n}', str(tokens)), mode, tokens, {})
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-  """Asks for a level of effort, which is a number of tokens that the prompt does not name.
-
-  `records.length_target` of the new example has it, and meta['effort'] its level.
-
-  Raises:
-    UserError: a field is out of range; with an example that has a target already.
-  """
-
-  levels: Mapping[str, int]  # level -> tokens
-  level: str  # of all problems; '' = drawn, each as likely as any other
-  mode: str  # of records.LENGTH_MODES
-  template: str  # added to the problem; {level} is the level
-
-  def __post_init__(self):
-    if not self.levels or min(self.levels.values()) < 1:
-      raise records.UserError(f'effort.levels={dict(self.levels)}: level -> at least 1 token')
-    if self.level not in ('', *self.levels):
-      choices = ', '.join(self.levels)
-      raise records.UserError(f"effort.level={self.level!r} is not '' or one of {choices}")
-    if self.mode not in records.LENGTH_MODES:
-      choices = ', '.join(records.LENGTH_MODES)
-      raise records.UserError(f'effort.mode={self.mode!r} is not one of {choices}')
-    _check_template('effort', 'template', self.template, '{level}')
-
-  def __call__(self, seed: int, example: records.Example) -> records.Example:
-    uniform, names = _generator(seed, 'effort', example).random, sorted(self.levels)
-    level = self.level or names[int(uniform() * len(names))]
-    text = self.template.replace('{level}', level)
-    return _targeted(example, text, self.mode, self.levels[level], {'effort': level})
-
-
-# What rewrites an example, see `Prompter.augment`.
-AUGMENTATIONS = {'length_target': LengthTarget, 'effort': Effort}
-
-
-def _check_template(name: str, field: str, template: str, hole: str) -> None:
-  if hole not in template:
-    raise records.UserError(f'{name}.{field}={template!r} has no {hole}')
-
-
-def _generator(seed: int, name: str, example: records.Example) -> random.Random:
-  """Of one augmentation of one example. Only `random()`, which Python keeps between versions."""
-  return random.Random(f'{seed}/{name}/{example.task}/{example.split}/{example.index}')
-
-
-def _targeted(example, text: str, mode: str, tokens: int, facts: dict) -> records.Example:
-  if records.length_target(example):
-    raise records.UserError(
-      f'prompt.augmentations: {example.task}/{example.split}/{example.index} has a length target '
-      'already; one of them is enough'
-    )
-  target = {records.TARGET_LENGTH: tokens, records.LENGTH_MODE: mode}
-  return dataclasses.replace(
-    example, problem=example.problem + text, meta={**example.meta, **target, **facts}
-  )
 
 
 class _Generation(ext.Extension):

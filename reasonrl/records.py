@@ -25,6 +25,8 @@ HINTED, HINT_SHOWN = 'hinted', 'hint_shown'
 # Key of Example.meta: the ids of the solution as they were sampled, EOS included. They are what is
 # learned: encoding the text again may give other ids.
 TOKEN_IDS = 'token_ids'
+# Key of Example.meta: how many tokens of a sampled solution are thinking.
+THINK_LENGTH = 'think_length'
 # Keys of Example.meta for a target of the response's length: how many tokens, thinking, answer and
 # EOS together; and whether that is what it should have or the most that it may.
 TARGET_LENGTH, LENGTH_MODE = 'target_length', 'length_mode'
@@ -83,8 +85,8 @@ def length_target(example: Example) -> tuple[str, int] | None:
 class Completion:
   """One sampled completion, as rewards see it."""
 
-  text: str  # decoded policy tokens, EOS removed, tags kept
-  token_ids: tuple[int, ...]  # what was sampled, EOS included
+  text: str  # decoded, EOS removed, tags kept
+  token_ids: tuple[int, ...]  # sampled, or written by a control; EOS included
   num_tokens: int  # len(token_ids)
   think: str | None  # the text between the first <think> and the next </think>, None: no such span
   stop: Stop
@@ -97,7 +99,9 @@ class Score:
 
   value: float | None
   parts: dict[str, float]  # named components, for the logs
-  token_values: tuple[float, ...] | None  # dense credit, one number per token of the completion
+  # Credit of every token of the completion: a reward to an algorithm that makes returns, else added
+  # to the token's advantage as it is.
+  token_values: tuple[float, ...] | None
 
 
 def split_think(text: str) -> tuple[str, str, str]:

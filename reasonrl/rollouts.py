@@ -105,11 +105,11 @@ def rewarded(experience: types.Experience, scores: list[types.BatchScore], weigh
 
 
 def token_rewards(experience: types.Experience, token_values) -> np.ndarray:
-  """Credit per sampled token (one array per rollout, or None) where the tokens are: [B, T].
+  """Credit per token of a completion (one array per rollout, or None) where it is: [B, T].
 
-  A rollout's values run over its policy tokens, row after row.
+  A rollout's values run over its completions, row after row, whoever wrote a token.
   """
-  said_BT = experience.source_BT == types.POLICY
+  said_BT = experience.source_BT != types.PROMPT
   reward_BT = np.zeros(said_BT.shape, np.float32)
   for r, values in enumerate(token_values):
     if values is not None:

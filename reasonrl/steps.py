@@ -51,7 +51,7 @@ def supervised(stage: tooling.Stage, position):
   def make(state, read, step):
     del state, read, step
     with profiling.timed(stage.tally, 'data'):
-      examples = setup.augmented(stream.next())
+      examples = setup.augmented(stream.next(), stage.phase.augmentations)
       seqs = [setup.supervised_sequence(example, section) for example in examples]
     with profiling.timed(stage.tally, 'pack'):
       trained = sharding.total(float(sum(seq.index_M.size for seq in seqs)))
@@ -77,7 +77,8 @@ def reinforce(stage: tooling.Stage, position):
   shape = section.row_length, section.rows_per_batch
   pack = functools.partial(tooling.pack, setup, *shape)
   score = tooling.make_score(setup, phase.learner, *shape)
-  tools = tooling.make_tools(stage, 'train', lambda: setup.augmented(stream.next()), score)
+  prompts = lambda: setup.augmented(stream.next(), phase.augmentations)
+  tools = tooling.make_tools(stage, 'train', prompts, score)
 
   def make(state, read, step):
     named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **read}
@@ -141,7 +142,7 @@ def collect(stage: tooling.Stage, position):
 
   def make(state, read, step):
     raw = stream.next()
-    examples = setup.augmented(raw)
+    examples = setup.augmented(raw, phase.augmentations)
     prompts = [i * jax.process_count() + jax.process_index() for i in range(len(examples))]
     place = {'phase': phase.name, 'iteration': stage.place[1], 'step': step + 1}
     experiences = [rollout('collect', examples, state, read, step)]
@@ -154,7 +155,8 @@ def collect(stage: tooling.Stage, position):
     asks = [i for i in fails if shows[i] < section.p_rationalization]
     asked = sharding.total(len(asks))
     if asked:  # then all processes sample, even one that has nothing to ask
-      hinted = setup.augmented([records.show_hint(raw[i]) for i in asks or [0]])
+      hints = [records.show_hint(raw[i]) for i in asks or [0]]
+      hinted = setup.augmented(hints, phase.augmentations)
       experience = rollout('hint', hinted, state, read, step)
       if asks:
         experiences.append(experience)

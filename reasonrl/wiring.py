@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from reasonrl import (
+  augmentations,
   data,
   evaluation,
   learner,
@@ -47,17 +48,13 @@ class Setup:
   phases: dict[str, Phase]
   evaluation: evaluation.Evaluation
   evaluation_env: Any
+  evaluation_augmentations: tuple
   pool: Any
   poll: Callable[[], None]
 
-  def augmented(self, examples) -> list[records.Example]:
-    """Examples as prompt, reward and transcript will see them; what was collected already is so."""
-    return [
-      example
-      if records.TOKEN_IDS in example.meta
-      else self.prompter.augment(self.config.seed, example)
-      for example in examples
-    ]
+  def augmented(self, examples, added: tuple) -> list[records.Example]:
+    """Examples as prompt, reward and transcript will see them, with the augmentations `added`."""
+    return [augmentations.augment(added, self.config.seed, example) for example in examples]
 
   def prompt(self, example) -> list[int]:
     """The token ids of an example's prompt."""
@@ -77,6 +74,7 @@ class Phase:
   name: str
   section: Any
   task: Callable  # (collect phase -> path of its dataset) -> where the examples come from
+  augmentations: tuple  # of its problems
   env: Any  # of a phase that samples
   algorithm: Any  # of a reinforce phase
   reads: dict[str, Any]  # role -> model, init and sync of other parameters that it reads
@@ -127,13 +125,9 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
   """Builds everything. `table`: 'task', 'reward', 'env', ... -> its members by name."""
   mesh = sharding.make_mesh(**config.mesh)
   task = tables.make_task(table['task'], config.task, 'task', None)
-  augmentations = tuple(
-    tables.build(tables.lookup(prompts.AUGMENTATIONS, name, 'prompt.augmentations'), fields)
-    for name, fields in config.prompt.augmentations.items()
-  )
-  built = {'augmentations': augmentations, 'worked': getattr(task, 'worked', None)}
   with tables.named('prompt'):
-    prompter = tables.build(prompts.Prompter, config.prompt, **built)
+    worked = getattr(task, 'worked', None)
+    prompter = tables.build(prompts.Prompter, config.prompt, 'augmentations', worked=worked)
   rewards = {}
   for name, fields in config.rewards.items():
     cls = tables.lookup(table['reward'], name, 'rewards')
@@ -141,7 +135,10 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
   tables.lookup(rewards, config.evaluation.correct, 'evaluation.correct')
   for name in config.models:
     tables.lookup(table['model'], config.models[name].kind, f'models.{name}.kind')
-  tokenizer = make_tokenizer(config, task, workdir)
+  names = dict.fromkeys(name for name, _ in order)
+  asked = {name: make_augmentations(config, config[name], name) for name in names}
+  asked_in_evaluation = make_augmentations(config, config.evaluation, 'evaluation')
+  tokenizer = make_tokenizer(config, task, [*asked.values(), asked_in_evaluation], workdir)
   models, samplers = {}, {}
   for name, fields in config.models.items():
     models[name] = make_model(table['model'], fields, tokenizer)
@@ -164,14 +161,26 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
     samplers=samplers,
     rewards=rewards,
     phases={},
-    evaluation=tables.build(evaluation.Evaluation, config.evaluation, 'env'),
+    evaluation=tables.build(evaluation.Evaluation, config.evaluation, 'env', 'augmentations'),
     evaluation_env=tables.member(table['env'], config.evaluation.env, 'evaluation.env'),
+    evaluation_augmentations=asked_in_evaluation,
     pool=pool,
     poll=poll,
   )
-  for name in dict.fromkeys(name for name, _ in order):
-    setup.phases[name] = make_phase(setup, table, name)
+  for name in names:
+    setup.phases[name] = make_phase(setup, table, name, asked[name])
   return setup
+
+
+def make_augmentations(config, section, what: str) -> tuple:
+  """What a section adds to its problems: its own augmentations, or those of the run."""
+  chosen, what = section, f'{what}.augmentations'
+  if 'augmentations' not in section or not section.augmentations:  # a phase that only evaluates
+    chosen, what = config.prompt, 'prompt.augmentations'
+  return tuple(
+    tables.build(tables.lookup(augmentations.AUGMENTATIONS, name, what), fields)
+    for name, fields in chosen.augmentations.items()
+  )
 
 
 def make_model(table: dict, fields, tokenizer):
@@ -181,13 +190,15 @@ def make_model(table: dict, fields, tokenizer):
   return tables.build(table[fields.kind], section, 'kind', 'weights')
 
 
-def make_tokenizer(config, task, workdir: pathlib.Path):
+def make_tokenizer(config, task, asked: list[tuple], workdir: pathlib.Path):
   """The workdir's tokenizer, or on the first start the one that the config asks for."""
   if (workdir / 'tokenizer').exists():
     return tokenizers.load(workdir / 'tokenizer')
   cfg = tables.build(tokenizers.Settings, config.tokenizer)
-  examples = (task.example('train', i) for i in range(cfg.corpus_examples))
-  texts = (text for e in examples for text in (e.problem, e.solution or ''))
+  distinct = [added for i, added in enumerate(asked) if added not in asked[:i]]
+  examples = [task.example('train', i) for i in range(cfg.corpus_examples)]
+  problems = (augmentations.imagined(added, config.seed, e) for added in distinct for e in examples)
+  texts = (text for e in problems for text in (e.problem, e.solution or ''))
   return tokenizers.build(cfg, texts, task.symbols)
 
 
@@ -199,7 +210,7 @@ def save_tokenizer(tokenizer, workdir: pathlib.Path) -> None:
     saved.with_suffix('.tmp').rename(saved)
 
 
-def make_phase(setup: Setup, table: dict, name: str) -> Phase:
+def make_phase(setup: Setup, table: dict, name: str, asked: tuple) -> Phase:
   """Builds one section that `phases` names; `checks` says whether it can run."""
   section = setup.config[name]
   tables.lookup(setup.models, section.trains, f'{name}.trains')
@@ -235,4 +246,4 @@ def make_phase(setup: Setup, table: dict, name: str) -> Phase:
     forbidden=sampler.forbidden,
     loss_chunk=setup.config.loss_chunk,
   )
-  return Phase(name, section, task, env, algorithm, reads, student, optimizer)
+  return Phase(name, section, task, asked, env, algorithm, reads, student, optimizer)

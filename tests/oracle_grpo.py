@@ -113,7 +113,7 @@ def credit(cfg, rows, rollouts, weights):
       for row, costs in zip(rows, penalty, strict=True):
         rewards[row['rollout']] -= sum(costs)
       A = group_advantages(cfg, rewards, groups, cfg.baseline, cfg.scale_rewards)
-    out = [[A[row['rollout']]] * len(row['logp']) for row in rows]
+    out = [[A[row['rollout']] + credit for credit in row['dense']] for row in rows]
   judged = {row['rollout'] for row in rows if any(row['dense'])}  # by credit per token
   judged |= {r for r, rollout in enumerate(rollouts) if not math.isnan(rollout['reward'])}
   unrewarded = [row['rollout'] not in judged for row in rows]

@@ -21,7 +21,6 @@ from reasonrl import (
   parameters,
   phases,
   preemption,
-  prompts,
   records,
   rewarding,
   sampling,
@@ -325,10 +324,6 @@ def test_the_two_passes_draw_apart(tmp_path, pool, scripted, monkeypatch):
 
 
 def test_an_augmentation_is_applied_once(tmp_path, pool, scripted, monkeypatch):
-  def loud(seed, example):
-    return dataclasses.replace(example, problem=f'{example.problem} Go:')
-
-  monkeypatch.setitem(prompts.AUGMENTATIONS, 'loud', loud)
   asked, learned = [], []
   said, sequence = Scripted.said, data.supervised_sequence
 
@@ -342,7 +337,9 @@ def test_an_augmentation_is_applied_once(tmp_path, pool, scripted, monkeypatch):
 
   monkeypatch.setattr(Scripted, 'said', watch)
   monkeypatch.setattr(data, 'supervised_sequence', learn)
-  c = config(prompt__augmentations=('loud',), tokenizer__byte_fallback=True)
+  c = config(tokenizer__byte_fallback=True)
+  c.prompt.augmentations = common.augmentations('suffix')
+  c.prompt.augmentations.suffix.text = ' Go:'
   c.prompt.max_length, c.sft.row_length = 72, 128
   assert train.run(c, str(tmp_path / 'run'), pool) == 0
   assert len(asked) == 6 and all(problem.count(' Go:') == 1 for problem in asked)

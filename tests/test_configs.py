@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from reasonrl import (
+  augmentations,
   evaluation,
   logs,
   optim,
@@ -58,9 +59,9 @@ def test_sections_and_dataclasses_agree(name, variant):
   with pytest.raises(AttributeError, match='seed'):
     config.sed = 1
   check_task(config.task)
-  assert fields(prompts.Prompter) - {'worked'} == set(config.prompt)
+  assert (fields(prompts.Prompter) - {'worked'}) | {'augmentations'} == set(config.prompt)
   assert fields(tokenizers.Settings) == set(config.tokenizer)
-  assert fields(evaluation.Evaluation) | {'env'} == set(config.evaluation)
+  assert fields(evaluation.Evaluation) | {'env', 'augmentations'} == set(config.evaluation)
   for section in config.models.values():
     assert fields(train.MODELS[section.kind]) | {'kind', 'weights'} == set(section)
   for reward, section in config.rewards.items():
@@ -110,8 +111,9 @@ def test_every_member_of_every_table_has_a_preset():
 
 
 def test_every_augmentation_has_a_preset():
-  section = common.augmentations(*prompts.AUGMENTATIONS)
-  for name, cls in prompts.AUGMENTATIONS.items():
+  section = common.augmentations(*augmentations.AUGMENTATIONS)
+  section.suffix.text = ' Think.'
+  for name, cls in augmentations.AUGMENTATIONS.items():
     assert fields(cls) == set(section[name])
     tables.build(cls, section[name])
     for field in dataclasses.fields(cls):

@@ -12,7 +12,9 @@ from reasonrl.configs import common
 from reasonrl.models import decoder
 
 EOS, OPEN, CLOSE, SHUT, WAIT, FINAL = range(6)
-BUDGET = controls.ThinkBudget(start=(), end=(CLOSE,), wait=(WAIT,), final=(CLOSE, FINAL))
+BUDGET = controls.ThinkBudget(
+  start=(), end=((CLOSE,),), end_ids=(CLOSE,), wait=(WAIT,), final=(CLOSE, FINAL)
+)
 
 
 # ------------------------------------------------------------------------------------ by hand
@@ -105,7 +107,9 @@ def test_a_stop_id_inside_thinking_is_an_end():
 
 
 def test_an_end_of_several_tokens_is_taken_back():
-  control = dataclasses.replace(BUDGET, end=(CLOSE, SHUT), final=(CLOSE, SHUT, FINAL))
+  control = dataclasses.replace(
+    BUDGET, end=((CLOSE,), (SHUT,)), end_ids=(CLOSE, SHUT), final=(CLOSE, SHUT, FINAL)
+  )
   said, own = run(control, thinker(3, end=(CLOSE, SHUT)), numbers(ignores=1))
   assert said == [10, 11, 12, WAIT, 10, 11, 12, CLOSE, SHUT, 20, EOS]
   assert [i for i, drawn in enumerate(own) if not drawn] == [3]
@@ -116,7 +120,7 @@ def test_an_end_of_several_tokens_is_taken_back():
 
 
 def test_thinking_that_begins_later():
-  control = dataclasses.replace(BUDGET, start=(OPEN,))
+  control = dataclasses.replace(BUDGET, start=((OPEN,),))
   policy = lambda said: [7, CLOSE, OPEN, 10, 11, 12, 13, 14][min(len(said), 7)]
   said, _ = run(control, policy, numbers(max_think=2), cap=8)
   assert said == [7, CLOSE, OPEN, 10, 11, CLOSE, FINAL, 14]  # an end before it is no end
@@ -158,7 +162,7 @@ def test_random_policies_and_budgets(seed):
     assert said == want, (given, wait)
 
 
-@pytest.mark.parametrize('name', ['end', 'wait', 'final'])
+@pytest.mark.parametrize('name', ['end', 'end_ids', 'wait', 'final'])
 def test_strings_without_tokens(name):
   with pytest.raises(records.UserError, match=f'think_budget: {name} has no tokens'):
     dataclasses.replace(BUDGET, **{name: ()})
@@ -205,7 +209,9 @@ def rows_of(out):
     assert not rest.any() and not out.logp_RS[r, out.length_R[r] :].any()
 
 
-PAIR = dataclasses.replace(BUDGET, end=(CLOSE, SHUT), final=(CLOSE, SHUT, FINAL))
+PAIR = dataclasses.replace(
+  BUDGET, end=((CLOSE,), (SHUT,)), end_ids=(CLOSE, SHUT), final=(CLOSE, SHUT, FINAL)
+)
 
 
 @pytest.mark.parametrize('control', [BUDGET, PAIR])
@@ -246,9 +252,7 @@ def test_rows_of_a_batch_have_their_own_numbers(sampler, params):
 def test_force_and_forbid(sampler, params):
   force, forbid = controls.Force((3, 5, 3)), controls.Forbid((EOS, CLOSE))
   given = {'forced': np.arange(24) % 4, 'forbidden': 8}
-  for r, (said, source, _) in enumerate(
-    rows_of(generate(sampler, params, (force, forbid), given))
-  ):
+  for r, (said, source, _) in enumerate(rows_of(generate(sampler, params, (force, forbid), given))):
     n = r % 4
     assert said[:n] == [3, 5, 3][:n] and (source[:n] == types.ENVIRONMENT).all()
     assert (source[n:] == types.POLICY).all() and not {EOS, CLOSE} & set(said[:8])

@@ -140,6 +140,34 @@ def test_a_rollout_without_reward_has_no_advantage_and_no_part_in_whitening(retu
   np.testing.assert_allclose(credited, [0.9, -0.1, 0.4], atol=1e-7)
 
 
+def test_credit_of_single_tokens_is_added_as_it_is():
+  """Rewards 1 and 0 of a group: +-1/sqrt 2 by its std; penalties with their own returns."""
+  found = tiny.experience([1.0, 0.0], [0, 0], [2, 2])
+  r_p, gamma = -0.05, 0.99
+  credit = np.float32([[0, 0, 0, 0], [0, 0, r_p + gamma * r_p, r_p]])
+  found = dataclasses.replace(found, reward_BT=credit)
+  got = tiny.algorithm(advantage_eps=0.0).advantages(found)[:, 2:4]
+  z = math.sqrt(0.5)
+  np.testing.assert_allclose(got, [[z, z], [-z - 0.0995, -z - 0.05]], rtol=1e-6)
+  unrewarded = dataclasses.replace(found, reward_R=np.float32([np.nan, np.nan]))
+  got = tiny.algorithm(advantage_eps=0.0).advantages(unrewarded)[:, 2:4]
+  np.testing.assert_allclose(got, [[0, 0], [-0.0995, -0.05]], rtol=1e-6)
+  equal = dataclasses.replace(found, reward_R=np.float32([1, 1]))
+  assert tiny.algorithm(zero_variance='drop').keep(equal).tolist() == [True]
+  spared = dataclasses.replace(equal, reward_BT=0 * credit)
+  assert tiny.algorithm(zero_variance='drop').keep(spared).tolist() == [False]
+
+
+def test_credit_of_single_tokens_that_does_not_fit():
+  fits = {'repetition': 0.99}
+  tiny.algorithm().check_credit(fits)
+  tiny.algorithm(returns='to_go').check_credit({'repetition': 0.0})
+  with pytest.raises(records.UserError, match=r'repetition.gamma=0.99 must be 0'):
+    tiny.algorithm(returns='to_go').check_credit(fits)
+  with pytest.raises(records.UserError, match='rewards.repetition gives credit to single tokens'):
+    tiny.algorithm('gspo').check_credit(fits)
+
+
 def test_which_groups_are_kept():
   assert tiny.algorithm().keep(experience()) is None
   drop = tiny.algorithm(zero_variance='drop')

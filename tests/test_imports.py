@@ -35,7 +35,7 @@ LAYERS = (
     ),
     *('tokenizers', 'logs', 'display', 'sharding'),
   ),
-  ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'optim'),
+  ('tasks', 'rewards', 'algorithms', 'models', 'prompts', 'augmentations', 'optim'),
   (
     *('data', 'sampling', 'packing', 'learner', 'evaluation', 'checkpoint', 'preemption'),
     *('rewarding', 'envs'),
@@ -50,7 +50,8 @@ LAYERS = (
   ),
 )
 LIBRARY = tuple(unit for layer in LAYERS[1:4] for unit in layer)
-SHARED = (*LAYERS[1], 'prompts', 'optim')  # what layers 1 and 2 share with everybody above
+# what layers 1 and 2 share with everybody above
+SHARED = (*LAYERS[1], 'prompts', 'augmentations', 'optim')
 
 # unit -> the units of reasonrl that it may import besides itself
 MAY_IMPORT = {
@@ -75,7 +76,7 @@ ONLY_IN = {
 # unit -> the libraries that it may import besides Python's own
 ONLY_LIBRARIES = {'kernels': ('jax', 'numpy'), 'configs': ('ml_collections',)}
 NO_JAX = ('records', 'tasks', 'rewards', 'prompts', 'pretrained', 'tokenizers', 'logs', 'display')
-NO_JAX += ('rewarding', 'configs')
+NO_JAX += ('rewarding', 'configs', 'augmentations')
 JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex')
 TABLES = {
   'TASKS': 'tasks',

@@ -1,6 +1,6 @@
 """The whole GRPO family against the float64 oracle: value and gradient, over a grid of its axes.
 
-The default suite has every pair of values once, and every preset; all of it (432 cases) is
+The default suite has every pair of values once, and every preset; all of it (438 cases) is
 
     python -m pytest -m grid
 
@@ -44,6 +44,7 @@ AXES = {
     {'returns': 'outcome'},
     {'returns': 'to_go', 'gamma': 1.0},
     {'returns': 'to_go', 'gamma': 0.9},
+    {'returns': 'outcome', 'gamma': 0.9},  # below 1: with credit of single tokens
   ],
   'whiten': [{'whiten': x} for x in (False, True)],
   'signs': [{'positive_weight': p, 'negative_weight': n} for p, n in ((1, 1), (0.25, 1), (2, 0.5))],
@@ -108,6 +109,7 @@ REFUSED = [
   (GDPO, {'returns': 'to_go'}, "no returns='to_go'"),
   (GDPO, {'kl_placement': 'reward'}, "no kl_placement='reward'"),
   ({'returns': 'to_go'}, {'importance_sampling_level': 'sequence'}, 'one weight per completion'),
+  ({'gamma': 0.9}, {'importance_sampling_level': 'sequence'}, 'repetition gives credit to single'),
   ({'surrogate': 'vespo'}, {'importance_sampling_level': 'sequence'}, 'its own sequence weight'),
   ({'surrogate': 'vespo'}, {'importance_sampling_level': 'sequence_token'}, 'its own sequence'),
   (
@@ -149,7 +151,10 @@ def algorithm(values):
 def refusal(values) -> str:
   """Why the algorithm refuses these values; '' if it does not."""
   try:
-    algorithm(values).check(3, ('accuracy', 'format'))
+    found = algorithm(values)
+    found.check(3, ('accuracy', 'format'))
+    if found.returns == 'outcome' and found.gamma < 1:
+      found.check_credit({'repetition': found.gamma})
   except records.UserError as error:
     return str(error)
   return ''
@@ -352,7 +357,8 @@ def by_the_book(cfg):
   where = [(b, i) for b in range(len(held)) for i in range(len(held[b]['logp']))]
   if cfg.zero_variance == 'drop':
     values = REWARD_R if cfg.zero_variance_of == 'reward' else PARTS[cfg.zero_variance_of]
-    dropped = oracle_grpo.zero_variance_groups(values, GROUP_R)
+    credited = {of['group'] for of in held if any(of['dense'])}
+    dropped = set(oracle_grpo.zero_variance_groups(values, GROUP_R)) - credited
     outcomes = [outcome if outcome['group'] not in dropped else None for outcome in outcomes]
   present = [b for b, of in enumerate(held) if outcomes[of['rollout']] is not None]
   number = {r: i for i, r in enumerate(r for r, o in enumerate(outcomes) if o is not None)}
@@ -391,7 +397,7 @@ def compare(cfg):
 
 # ------------------------------------------------------------------------------------ the tests
 
-ONCE, FOUR_TIMES = 90, 364  # cases of `covering`
+ONCE, FOUR_TIMES = 91, 370  # cases of `covering`
 
 
 def test_what_is_refused_says_why():

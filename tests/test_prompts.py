@@ -1,10 +1,8 @@
-"""Templates and worked examples spelt out, turn marks nobody can forge, limits, augmentations."""
+"""Templates and worked examples spelt out, turn marks nobody can forge, limits."""
 
-import dataclasses
 import importlib.util
 import json
 import pathlib
-import zlib
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reasonrl import prompts, records, tables, tokenizers
-from reasonrl.configs import common
+from reasonrl import prompts, records, tokenizers
 from reasonrl.tasks import TASKS
 
 BYTES = tokenizers.Bytes()
@@ -30,7 +27,7 @@ def example(problem):
 
 def prompter(template, **changes):
   fields = {'system': '', 'prefill': '', 'add_bos': False, 'max_length': 10_000}
-  fields |= {'augmentations': (), 'few_shot': '', 'few_shot_hinted': '', 'few_shot_count': 0}
+  fields |= {'few_shot': '', 'few_shot_hinted': '', 'few_shot_count': 0}
   fields |= {'worked': None, **changes}
   return prompts.Prompter(template=template, **fields)
 
@@ -148,103 +145,6 @@ def test_longest_prompt():
   assert len(render(BYTES, example('ab'))) == 4  # BOS, a, b, <think>
   with pytest.raises(records.UserError, match='sums/train/7 has 5 tokens, but prompt.max_length=4'):
     render(BYTES, example('abc'))
-
-
-def test_augmentations_reach_prompt_and_meta_in_order():
-  def target(seed, ex):
-    tokens = 10 + zlib.crc32(f'{seed}/{ex.task}/{ex.split}/{ex.index}'.encode()) % 10
-    return dataclasses.replace(ex, meta={**ex.meta, 'target': tokens})
-
-  def ask(seed, ex):
-    problem = f'{ex.problem} Think for {ex.meta["target"]} tokens.'
-    return dataclasses.replace(ex, problem=problem)
-
-  shaped = prompter('plain', augmentations=(target, ask))
-  original = example('7 + 5?')
-  first, again = (shaped.augment(3, original) for _ in range(2))
-  assert first == again  # one group, one target
-  assert first.problem == f'7 + 5? Think for {first.meta["target"]} tokens.'
-  assert len({shaped.augment(seed, original).meta['target'] for seed in range(20)}) > 1
-  assert original == example('7 + 5?')
-  rendered = BYTES.decode(shaped.render(BYTES, first), skip_special=True)
-  assert rendered == first.problem  # rendering does not augment a second time
-  assert prompter('plain').augment(3, original) == original
-
-
-def augmentation(name, **changes):
-  section = common.augmentations(name)[name]
-  section.update(changes)
-  return tables.build(prompts.AUGMENTATIONS[name], section)
-
-
-def numbered(index, task='sums', split='train'):
-  return dataclasses.replace(example('7 + 5?'), task=task, split=split, index=index)
-
-
-def test_length_targets_by_hand():
-  fields = {'min_tokens': 10, 'max_tokens': 12}
-  for share, mode, text in ((0.0, 'exact', 'Think for'), (1.0, 'max', 'Think for maximum')):
-    ask = augmentation('length_target', share_max=share, **fields)
-    asked = [ask(3, numbered(i)) for i in range(200)]
-    assert {e.meta['target_length'] for e in asked} == {10, 11, 12}
-    for e in asked:
-      assert e.problem == f'7 + 5? {text} {e.meta["target_length"]} tokens.'
-      assert records.length_target(e) == (mode, e.meta['target_length'])
-  fixed = augmentation('length_target', min_tokens=9, max_tokens=9, template_exact=' {n}, {n}!')
-  assert fixed(0, numbered(0)).problem == '7 + 5? 9, 9!'
-  mixed = augmentation('length_target', share_max=0.5)
-  asked = [records.length_target(mixed(3, numbered(i))) for i in range(2000)]
-  assert 900 < sum(mode == 'max' for mode, _ in asked) < 1100
-  assert min(n for _, n in asked) < 120 and max(n for _, n in asked) > 3980
-  assert 1950 < np.mean([n for _, n in asked]) < 2150  # of 100 to 4000: 2050, se 25
-
-
-def test_a_level_of_effort_by_hand():
-  e = augmentation('effort', level='high')(3, numbered(0))
-  assert e.problem == '7 + 5? Reasoning effort: high.'
-  assert e.meta == {'target_length': 3600, 'length_mode': 'max', 'effort': 'high'}
-  drawn = augmentation('effort', mode='exact')
-  efforts = [drawn(3, numbered(i)) for i in range(300)]
-  for level, tokens in (('low', 512), ('medium', 1024), ('high', 3600)):
-    found = [e for e in efforts if e.meta['effort'] == level]
-    assert 70 < len(found) < 130
-    assert {records.length_target(e) for e in found} == {('exact', tokens)}
-
-
-@pytest.mark.parametrize('name', prompts.AUGMENTATIONS)
-def test_what_is_asked_depends_on_seed_and_identity_alone(name):
-  ask = augmentation(name)
-  first = ask(3, numbered(0))
-  assert ask(3, dataclasses.replace(numbered(0), answer='13', meta={})) == dataclasses.replace(
-    first, answer='13'
-  )
-  kept = ask(3, dataclasses.replace(numbered(0), meta={'level': 1}))
-  assert kept.meta == {'level': 1, **first.meta}
-  others = [[ask(3, numbered(i)) for i in range(40)], [ask(4, numbered(i)) for i in range(40)]]
-  others.append([ask(3, numbered(i, task='words')) for i in range(40)])
-  others.append([ask(3, numbered(i, split='test')) for i in range(40)])
-  targets = [[e.meta['target_length'] for e in group] for group in others]
-  assert len(set(map(tuple, targets))) == 4 and all(len(set(t)) > 1 for t in targets)
-  with pytest.raises(records.UserError, match='sums/train/0 has a length target already'):
-    ask(3, first)
-
-
-@pytest.mark.parametrize(
-  'name, changes, message',
-  [
-    ('length_target', {'min_tokens': 0}, 'min_tokens=0, max_tokens=4000: 1 <= min_tokens'),
-    ('length_target', {'max_tokens': 9}, 'min_tokens=100, max_tokens=9'),
-    ('length_target', {'share_max': 1.5}, r'share_max=1.5 must be in \[0, 1\]'),
-    ('length_target', {'template_max': 'Be brief.'}, "template_max='Be brief.' has no {n}"),
-    ('effort', {'level': 'huge'}, "level='huge' is not '' or one of high, low, medium"),
-    ('effort', {'mode': 'least'}, "mode='least' is not one of exact, max"),
-    ('effort', {'template': 'Try.'}, "template='Try.' has no {level}"),
-    ('effort', {'levels': {'low': 0}}, "effort.levels=.*'low': 0.*at least 1 token"),
-  ],
-)
-def test_bad_augmentations(name, changes, message):
-  with pytest.raises(records.UserError, match=message):
-    augmentation(name, **changes)
 
 
 # -------------------------------------------------------------------------------- worked examples

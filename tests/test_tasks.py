@@ -24,6 +24,7 @@ SHELL = dict(
   direct_known_probability=0.2,
   direct_filler_probability=0.2,
   trace_filler_probability=0.05,
+  wait_probability=0.0,
 )
 SUMS = dict(
   seed=0,
@@ -230,6 +231,7 @@ def test_a_slip_spoils_the_rest_of_the_trace():
     stride_weights=(1.0,),
     error_probability=0.5,
     trace_filler_probability=0.0,
+    wait_probability=0.0,
   )
   follows, truth, number = 0, 0, 0
   for i in range(1000):
@@ -263,6 +265,27 @@ def test_the_mixture_has_the_stated_frequencies():
   assert abs(sum(span(e)[0].count('.') for e in steps) / len(steps) - 4 * 0.05 / 0.95) < 0.1
 
 
+def test_passes_start_over_at_the_next_stride():
+  clean = dict(error_probability=0.0, direct_filler_probability=0.0, trace_filler_probability=0.0)
+  task = make('shuffled_objects', **clean, wait_probability=0.5)
+  passes = {stride: [] for stride in SHELL['strides']}
+  for i in range(2000):
+    example = task.example('train', i)
+    cups, stride = follow(example.problem), example.meta['stride']
+    think, said = span(example)
+    if stride:
+      strides = [s for s in (4, 2, 1) if s <= stride]
+      parts = think.split('Wait')
+      assert parts == [''.join(cups[s - 1 :: s]) for s in strides[: len(parts)]]
+      assert said == example.answer
+    passes[stride].append(think.count('Wait'))
+  assert set(passes[0]) == set(passes[1]) == {0}  # it did not think, or has no finer stride
+  assert abs(passes[2].count(1) / len(passes[2]) - 0.5) < 0.12
+  for n, share in ((0, 0.5), (1, 0.25), (2, 0.25)):
+    assert abs(passes[4].count(n) / len(passes[4]) - share) < 0.12
+  assert 'Wait' in task.symbols and 'Wait' not in make('shuffled_objects').symbols
+
+
 def test_every_swap_and_the_filler_are_symbols():
   task = make('shuffled_objects')
   assert task.symbols[:4] == records.TAGS
@@ -283,6 +306,8 @@ def test_every_swap_and_the_filler_are_symbols():
     (dict(strides=(), stride_weights=()), 'stride_weights'),
     (dict(error_probability=1.5), 'error_probability=1.5'),
     (dict(trace_filler_probability=1.0), 'trace_filler_probability=1.0'),
+    (dict(wait_probability=2.0), 'wait_probability=2.0'),
+    (dict(wait_probability=0.5, strides=(4, 0, 2, 1)), '0 can only be the first'),
     (dict(num_objects=2, num_swaps=1, strides=(1,), stride_weights=(1.0,)), 'too few'),
   ],
 )

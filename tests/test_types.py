@@ -153,6 +153,11 @@ def test_token_rewards_lie_on_the_completion():
   whole = sample((1.0, 0.0), (0, 0), (1, 3))  # prompts of two tokens
   got = rollouts.token_rewards(whole, [None, np.float32([1, 2, 3])])
   np.testing.assert_array_equal(got, [[0, 0, 0, 0, 0], [0, 0, 1, 2, 3]])
+  # A token that a control wrote is one of the completion.
+  source_BT = whole.source_BT.copy()
+  source_BT[1, 3] = types.ENVIRONMENT
+  written = dataclasses.replace(whole, source_BT=source_BT)
+  np.testing.assert_array_equal(rollouts.token_rewards(written, [None, np.float32([1, 2, 3])]), got)
   # A rollout of two rows: its values run on from the first row into the second.
   two = rollouts.take_rows(sample((1.0,), (0,), (2,)), np.array([0, 0]))
   got = rollouts.token_rewards(two, [np.float32([1, 2, 3, 4])])

@@ -57,6 +57,20 @@ def check(cfg, num_generations: int, rewards) -> None:
       raise records.UserError(f'algorithm: {why}')
 
 
+def check_credit(cfg, discounts) -> None:
+  """Raises UserError where rewards that give credit to single tokens do not fit, see `GRPO`."""
+  for reward, gamma in discounts.items():
+    if cfg.importance_sampling_level == 'sequence':
+      raise records.UserError(
+        f"algorithm.importance_sampling_level='sequence' has one weight per completion, but "
+        f"rewards.{reward} gives credit to single tokens; use 'sequence_token'"
+      )
+    if cfg.returns == 'to_go' and gamma:
+      raise records.UserError(
+        f"rewards.{reward}.gamma={gamma} must be 0: algorithm.returns='to_go' makes the returns"
+      )
+
+
 def refusals(cfg) -> list[tuple[bool, str]]:
   """(whether, why) of combinations that have no meaning."""
   level = cfg.importance_sampling_level

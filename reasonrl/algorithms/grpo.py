@@ -78,6 +78,14 @@ class GRPO:
     """Raises UserError for settings that cannot train, or that no formula has."""
     axes.check(self, num_generations, rewards)
 
+  def check_credit(self, discounts) -> None:
+    """Raises UserError if rewards that give credit to single tokens do not fit.
+
+    Args:
+      discounts: the name of such a reward -> its own discount.
+    """
+    axes.check_credit(self, discounts)
+
   @property
   def high(self) -> float:
     return self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -108,24 +116,29 @@ class GRPO:
   # ---------------------------------------------------------------------------------- the host
 
   def keep(self, experience: types.Experience) -> np.ndarray | None:
-    """Which groups count; None: all. Those without variance contribute exactly zero gradient."""
+    """Which groups count; None: all. Those without variance contribute exactly zero gradient.
+
+    But for credit of single tokens: a group that has some counts.
+    """
     if self.zero_variance == 'keep':
       return None
     of = self.zero_variance_of
     value_R = experience.reward_R if of == 'reward' else experience.parts[of]
-    return ~advantages.zero_variance(value_R, experience.group_R)
+    keep = ~advantages.zero_variance(value_R, experience.group_R)
+    if experience.reward_BT is not None:
+      credited = np.unique(experience.group_B[(experience.reward_BT * experience.mask_BT).any(1)])
+      keep |= np.isin(np.unique(experience.group_R), credited)
+    return keep
 
   def advantages(self, experience: types.Experience) -> np.ndarray:
     """rho A of every token, 0 where the policy did not sample it: float32 [B, T].
 
-    A rollout to which no reward applies has 0 and no part in any mean.
+    A rollout to which no reward applies has 0 and no part in any mean. Credit of single tokens is a
+    reward under 'to_go'; under 'outcome' it is added to their advantages as it is:
 
-    Raises:
-      UserError: a reward gave credit to single tokens and `returns` is 'outcome'.
+        A_t = (R - baseline) / scale + sum_m w_m c_mt      arXiv 2502.03373, without its critic
     """
     mask_BT, rollout_B = experience.mask_BT, experience.rollout_B
-    if experience.reward_BT is not None and self.returns == 'outcome':
-      raise records.UserError("a reward gives credit per token: set algorithm.returns='to_go'")
     reward_R, group_R = experience.reward_R.astype(np.float64), experience.group_R
     shaped = (self.baseline, self.scale_rewards, self.std_ddof, self.advantage_eps, sharding.total)
     penalty_BT = self._penalty(experience)
@@ -144,6 +157,8 @@ class GRPO:
         reward_R -= np.bincount(rollout_B, penalty_BT.sum(1), reward_R.size)
         outcome_R = advantages.outcome(reward_R, group_R, *shaped)
       adv_BT = outcome_R[rollout_B][:, None]
+      if experience.reward_BT is not None:
+        adv_BT = adv_BT + experience.reward_BT
     judged_BT = mask_BT * _judged(experience)[rollout_B][:, None]
     adv_BT = adv_BT * judged_BT
     if self.whiten:

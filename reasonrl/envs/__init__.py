@@ -5,7 +5,8 @@ An environment is a frozen dataclass of its settings with
     rollout(tools, state, step)    -> Experience; `state` holds parameter trees ('params', 'ema',
                                    'ref', ...) and 'version', the optimizer step of 'params'
                                    The group of a rollout is its prompt's place in the batch.
-    num_generations, max_completion_length, temperature, top_k, top_p, min_p, max_kept_tokens
+    num_generations, max_completion_length, temperature, top_k, top_p, min_p, max_kept_tokens,
+    controls
 """
 
 from reasonrl.envs import single_turn

@@ -6,10 +6,11 @@ Rollout r is row r, and its group is its prompt's place in the batch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
-from reasonrl import records, types
+from reasonrl import controls, records, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +25,12 @@ class SingleTurn:
   min_p: float
   max_kept_tokens: int
   slots: int
+  controls: Mapping[str, Mapping]  # see `controls.build`
 
   def rollout(self, tools: types.Tools, state: dict, step: int) -> types.Experience:
     """Samples num_generations completions of each of the next prompts and scores them."""
     examples, G = tools.examples(), self.num_generations
+    applied, numbers = controls.build(self.controls, tools.tokenizer)
     prompts = [tools.render(example) for example in examples]
     longest = types.padded(max(map(len, prompts)))
     tokens_PT = np.zeros((len(prompts), longest), np.int32)
@@ -42,7 +45,9 @@ class SingleTurn:
       prompt_R=prompt_R,
       key_R=tools.row_keys(step, id_R, sample_R, 0),
       max_new_R=np.full(prompt_R.size, self.max_completion_length, np.int32),
-      numbers={},
+      numbers={
+        name: np.full(prompt_R.size, number, np.int32) for name, number in numbers.items()
+      },
     )
     spec = types.Spec(
       temperature=self.temperature,
@@ -51,7 +56,7 @@ class SingleTurn:
       min_p=self.min_p,
       max_kept_tokens=self.max_kept_tokens,
       stop_ids=tuple(tools.tokenizer.eos_ids),
-      controls=(),
+      controls=applied,
     )
     samples = tools.generate(state['params'], requests, spec, self.slots)
     experience = types.Experience(

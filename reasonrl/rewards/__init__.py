@@ -7,6 +7,9 @@ takes linear time and raises on no string. `rewarding.Pool` runs it in a process
 It may have the methods `answer(completion)`, what that votes for (see `votes`), and `trim(text)`, a
 completion up to and including its answer (nobody should learn from what follows); None: no answer.
 
+One that gives credit to single tokens has `gamma`, the discount with which it made returns of it;
+0: what it gives is a reward of the token.
+
 A reward that needs the models (a reward model, an information gain) has instead
 
     batch(tools, state, experience) -> types.BatchScore

@@ -9,7 +9,11 @@ steps but is right when it does, so reinforcement can multiply what is already t
 are noisy on purpose: a step may slip, which spoils the rest of the trace and the answer, and '.'
 fills in without meaning. `answer` is always the truth.
 
-Left out on purpose: the second alphabet, and traces that start over at a finer stride.
+With passes a solution that thinks may say 'Wait' behind a pass and start over at the next stride of
+`strides`, finer if they fall; the last pass has the answer. Where budget forcing writes 'Wait', the
+model goes on as it learned to.
+
+Left out on purpose: the second alphabet.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import itertools
 from reasonrl import records
 from reasonrl.tasks import splits
 
-FILLER = '.'
+FILLER, WAIT = '.', 'Wait'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ class ShuffledObjects:
   direct_known_probability: float  # that a direct answer is the truth, else a uniform guess
   direct_filler_probability: float  # of each further filler in the think span of a direct answer
   trace_filler_probability: float  # of each further filler after a listed step
+  wait_probability: float  # behind a pass that is not the last, of another one at the next stride
 
   def __post_init__(self):
     if not 2 <= self.num_objects <= 10:
@@ -60,19 +65,24 @@ class ShuffledObjects:
       raise records.UserError(
         f'stride_weights={weights}: one probability for each of strides={self.strides}, sum 1'
       )
-    for name in ('error', 'direct_known', 'direct_filler', 'trace_filler'):
+    for name in ('error', 'direct_known', 'direct_filler', 'trace_filler', 'wait'):
       value = getattr(self, f'{name}_probability')
       if not 0 <= value <= 1 or ('filler' in name and value == 1):
         raise records.UserError(
           f'{name}_probability={value} is not a probability (fillers: below 1)'
         )
+    if self.wait_probability and 0 in self.strides[1:]:
+      raise records.UserError(
+        f'strides={self.strides}: with wait_probability a pass starts over at the next stride, so '
+        '0 can only be the first'
+      )
     for split in splits.SPLITS:
       self.example(split, 0)
 
   @property
   def symbols(self) -> tuple[str, ...]:
-    """The tags, the swaps and the filler. Cups are digits, which a tokenizer has to split."""
-    return (*records.TAGS, *self._swaps, FILLER)
+    """Tags, swaps, filler and 'Wait'. Cups are digits, which a tokenizer has to split."""
+    return (*records.TAGS, *self._swaps, FILLER, *([WAIT] if self.wait_probability else []))
 
   @functools.cached_property
   def _swaps(self) -> tuple[str, ...]:
@@ -128,13 +138,19 @@ class ShuffledObjects:
         trace.append(FILLER)
       known = uniform() < self.direct_known_probability
       return ''.join(trace), truth if known else int(uniform() * self.num_objects)
-    cup = start
-    for first in range(0, len(swaps), stride):
-      for swap in swaps[first : first + stride]:
-        cup = self._moves[swap][cup]
-      if uniform() < self.error_probability:
-        cup = int(uniform() * self.num_objects)
-      trace.append(str(cup))
-      while uniform() < self.trace_filler_probability:
-        trace.append(FILLER)
-    return ''.join(trace), cup
+    place = self.strides.index(stride)
+    while True:
+      cup = start
+      for first in range(0, len(swaps), stride):
+        for swap in swaps[first : first + stride]:
+          cup = self._moves[swap][cup]
+        if uniform() < self.error_probability:
+          cup = int(uniform() * self.num_objects)
+        trace.append(str(cup))
+        while uniform() < self.trace_filler_probability:
+          trace.append(FILLER)
+      place += 1
+      if place == len(self.strides) or uniform() >= self.wait_probability:
+        return ''.join(trace), cup
+      trace.append(WAIT)
+      stride = self.strides[place]
