@@ -543,6 +543,7 @@ def evaluation() -> ConfigDict:
       'num_examples': 1024,
       'correct': 'accuracy',  # the reward that means 'right'
       'augmentations': {},  # of its problems; {} = prompt.augmentations
+      'budgets': {},  # budgets(...): sweeps of thinking budgets, with every evaluation
       'by': '',  # a field of meta by which accuracy is reported too, such as 'digits'
       'env': single_turn(),
     }
@@ -551,6 +552,42 @@ def evaluation() -> ConfigDict:
   section.env.max_kept_tokens = 0  # nothing trains on them
   section.env.slots = 128  # a wave that stays in a CPU's cache is faster than all rows at once
   return section
+
+
+def budgets(*names: str) -> ConfigDict:
+  """Sweeps of thinking budgets: name -> its fields, see reasonrl/budgets.py.
+
+  Strings and values are those of s1 (arXiv 2501.19393). Budget forcing needs the think_budget of
+  evaluation.env.controls.
+  """
+  fields = {
+    'max_think': {'values': (512, 1024, 2048, 4096), 'temperature': 0.0},  # tokens
+    'ignores': {'values': (0, 1, 2, 4), 'temperature': 0.0},
+    'target': {  # token-conditional; L1 (arXiv 2503.04697) has its own template, 16 samples at .6
+      'values': (512, 1024, 2048, 3600),
+      'temperature': 0.0,
+      'template': '\n\nThink for up to {n} tokens.',
+      'unit_tokens': 1,
+      'forced': False,  # with budget forcing at that number
+    },
+    'steps': {  # step-conditional; its template is not stated
+      'values': (16, 32, 64, 128),
+      'temperature': 0.0,
+      'template': '\n\nThink for up to {n} steps.',
+      'unit_tokens': 100,
+      'forced': False,
+    },
+    'class': {
+      'temperature': 0.0,
+      'short': ' Answer after a short amount of thinking. Do not spend excessive time '
+      'double-checking your work.',
+      'long': ' Answer after a long amount of thinking. If you feel like you are finished early, '
+      'spend the extra time trying to double-check your work until you are absolutely sure that '
+      'you have the correct answer.',
+    },
+    'rejection': {'values': (512, 1024, 2048, 4096), 'temperature': 1.0, 'retries': 16},
+  }
+  return ConfigDict({name: fields[name] for name in names})
 
 
 # ------------------------------------------------------------------------------------ algorithms

@@ -41,7 +41,7 @@ class LengthTarget:
     if not 0 <= self.share_max <= 1:
       raise records.UserError(f'length_target.share_max={self.share_max} must be in [0, 1]')
     for name in ('template_exact', 'template_max'):
-      _check_template('length_target', name, getattr(self, name), '{n}')
+      check_template('length_target', name, getattr(self, name), '{n}')
 
   @property
   def longest(self) -> int:
@@ -83,7 +83,7 @@ class Effort:
     if self.mode not in records.LENGTH_MODES:
       choices = ', '.join(records.LENGTH_MODES)
       raise records.UserError(f'effort.mode={self.mode!r} is not one of {choices}')
-    _check_template('effort', 'template', self.template, '{level}')
+    check_template('effort', 'template', self.template, '{level}')
 
   @property
   def longest(self) -> int:
@@ -120,7 +120,7 @@ class LengthLabel:
       raise records.UserError(f'length_label.unit={self.unit!r} is not one of {choices}')
     if not self.separator:
       raise records.UserError("length_label.separator='' separates nothing")
-    _check_template('length_label', 'template', self.template, '{n}')
+    check_template('length_label', 'template', self.template, '{n}')
 
   def __call__(self, seed: int, example: records.Example) -> records.Example:
     del seed
@@ -201,7 +201,7 @@ def longest(augmentations) -> int:
   return max((getattr(augmentation, 'longest', 0) for augmentation in augmentations), default=0)
 
 
-def _check_template(name: str, field: str, template: str, hole: str) -> None:
+def check_template(name: str, field: str, template: str, hole: str) -> None:
   if hole not in template:
     raise records.UserError(f'{name}.{field}={template!r} has no {hole}')
 

@@ -67,6 +67,7 @@ def check(setup: wiring.Setup, order) -> None:
   for part in parts(setup.task):
     rewards(part, setup.rewards)
   draws(setup, setup.evaluation_env)
+  swept(setup)
   for name, phase in setup.phases.items():
     source(setup.config, order, name, phase.section.init, f'{name}.init')
     task = phase.task(functools.partial(dataset, setup.config, order, name))
@@ -127,6 +128,20 @@ def draws(setup: wiring.Setup, env) -> types.Spec:
   drawn = (env.temperature, env.top_k, env.top_p, env.min_p, env.max_kept_tokens)
   applied, _ = controls.build(env.controls, setup.tokenizer)
   return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids), applied)
+
+
+def swept(setup: wiring.Setup) -> None:
+  """Every setting of a sweep of budgets can be rolled out."""
+  raw = parts(setup.task)[0].example('test', 0)
+  for name, method in setup.budgets.items():
+    for setting in method.settings(setup.evaluation_env, setup.evaluation_augmentations):
+      draws(setup, setting.env)
+      setup.prompt(*setup.augmented([raw], setting.added))
+      if setting.target > setting.env.max_completion_length:
+        raise records.UserError(
+          f'evaluation.budgets.{name} asks for {setting.target} tokens, but evaluation.env.'
+          f'max_completion_length={setting.env.max_completion_length}'
+        )
 
 
 def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:

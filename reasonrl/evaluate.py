@@ -2,6 +2,7 @@
 
   python -m reasonrl.evaluate --workdir=runs/a --config.evaluation.env.num_generations=16
   python -m reasonrl.evaluate --config=configs/r1_zero.py:smollm2 --model=smollm2-135m-instruct
+  python -m reasonrl.evaluate --workdir=runs/a --sweep=max_think=4,8,16 --sweep=ignores=0,1,2
 
 1. The config is that of the run (--workdir) or the one named (--config); --config.x=1 changes it.
 2. Its phases become a single `evaluate` phase, which starts from the parameters that the run kept
@@ -9,6 +10,8 @@
    parameters.
 3. `train.run` does the rest, into --to: metrics.jsonl (pass@1 with intervals, greedy and sampled,
    pass@k, majority@k, lengths, truncation, strict and lenient) and rollouts.jsonl (transcripts).
+4. --sweep adds a method of evaluation.budgets with these values: accuracy and thinking tokens at
+   each budget, and over them Control, Scaling and Performance (arXiv 2501.19393).
 """
 
 from __future__ import annotations
@@ -22,13 +25,16 @@ import rich.console
 import rich.table
 from absl import flags
 
-from reasonrl import command_line, display, launch, logs, records
+from reasonrl import budgets, command_line, display, launch, logs, records
 from reasonrl.configs import common
 
 flags.adopt_module_key_flags(launch)  # --help shows them
 _PHASE = flags.DEFINE_string('phase', '', 'Which phase of the run; by default the last one.')
 _MODEL = flags.DEFINE_string('model', '', 'Weights to evaluate under --config.')
 _TO = flags.DEFINE_string('to', '', 'Folder of the results; by default a new one.')
+_SWEEP = flags.DEFINE_multi_string(
+  'sweep', [], 'METHOD=VALUE,VALUE,... of evaluation.budgets, such as max_think=4,8,16.'
+)
 SHOWN = 3  # transcripts on the screen
 LENGTHS = (
   *('completion_length', 'stopped_length', 'right_length', 'wrong_length', 'think_length'),
@@ -76,6 +82,58 @@ def prepare(config, workdir: str, phase: str, model: str):
   return config.lock()
 
 
+def with_sweeps(config, sweeps: list[str]):
+  """The config with methods of evaluation.budgets and their values.
+
+  Where it has no strings for budget forcing, those of `common.controls` are taken.
+
+  Raises:
+    UserError: one is not METHOD=VALUE,VALUE,... of numbers.
+  """
+  known = common.budgets(*budgets.BUDGETS)
+  config.unlock()
+  for sweep in sweeps:
+    name, _, values = sweep.partition('=')
+    if name not in known:
+      raise records.UserError(f'--sweep={sweep}: {name!r} is not one of {", ".join(known)}')
+    if name not in config.evaluation.budgets:
+      config.evaluation.budgets[name] = known[name]
+    section = config.evaluation.budgets[name]
+    if ('values' in section) != bool(values):
+      expected = f'{name}=4,8,16' if 'values' in section else name
+      raise records.UserError(f'--sweep={sweep}: give it as {expected}')
+    if values:
+      try:
+        section.values = tuple(int(value) for value in values.split(','))
+      except ValueError:
+        raise records.UserError(f'--sweep={sweep}: {values!r} are not numbers') from None
+  if config.evaluation.budgets and 'think_budget' not in config.evaluation.env.controls:
+    config.evaluation.env.controls.think_budget = common.controls('think_budget').think_budget
+  return config.lock()
+
+
+def sweep_table(row: dict, name: str) -> rich.table.Table:
+  """One line per setting of a swept method, and what holds over all of them."""
+  start = f'eval/{name}/'
+  found = {key.removeprefix(start): value for key, value in row.items() if key.startswith(start)}
+  settings = dict.fromkeys(key.split('/')[0] for key in found if '/' in key)
+  columns = {'accuracy': 'accuracy', 'think_length': 'thinking', 'completion_length': 'response'}
+  columns |= {'within': 'within', 'truncated': 'truncated', 'mean_abs_error': 'off by'}
+  columns |= {'within_10': 'within 10 %', 'failed': 'failed'}
+  columns = {k: v for k, v in columns.items() if any(f'{s}/{k}' in found for s in settings)}
+  whole = (
+    f'Control {found["control"]:.0%}, Scaling {found["scaling"]:.3g} points per 1,000 tokens, '
+    f'Performance {found["performance"]:.3f}'
+  )
+  out = rich.table.Table(name, *columns.values(), caption=whole)
+  for setting in settings:
+    cells = [f'{found[f"{setting}/{metric}"]:.3g}' for metric in columns]
+    low, high = (found[f'{setting}/accuracy_{end}'] for end in ('low', 'high'))
+    cells[0] = f'{found[f"{setting}/accuracy"]:.3f} [{low:.3f}, {high:.3f}]'
+    out.add_row(setting, *cells)
+  return out
+
+
 def table(row: dict) -> rich.table.Table:
   """One line per metric, one column per mode; a 95 % interval where there is one."""
   metrics = ['accuracy']
@@ -107,6 +165,7 @@ def main(argv: list[str]) -> int:
   if values.distributed and not values.to:
     raise records.UserError('--distributed needs --to, a folder that every host sees')
   config = prepare(values.config, values.workdir, values.phase, values.model)
+  config = with_sweeps(config, values.sweep)
   into = pathlib.Path(values.workdir, 'evaluations') if values.workdir else pathlib.Path('runs')
   name = pathlib.Path(config.evaluate.init if values.workdir else values.model).name
   workdir = values.to or str(into / f'{name}-{time.strftime("%Y%m%d-%H%M%S")}')
@@ -120,6 +179,8 @@ def main(argv: list[str]) -> int:
   console = rich.console.Console(highlight=False)
   if rows:
     console.print(table(rows[-1]))
+    for name in config.evaluation.budgets:
+      console.print(sweep_table(rows[-1], name))
     for sample in logs.read_rows(pathlib.Path(workdir, logs.ROLLOUTS))[-SHOWN:]:
       console.print(display.transcript(sample, console.width))
     console.print(f'all of it: {workdir}')

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 
-from reasonrl import evaluation, records, tooling, wiring
+from reasonrl import budgets, evaluation, records, sharding, tooling, wiring
 from reasonrl.rewards import votes
 
 
@@ -67,6 +68,22 @@ def make_evaluate(setup: wiring.Setup):
   env = setup.evaluation_env
   correct, vote = setup.evaluation.correct, voter(setup, found)
 
+  def roll(stage, named, env, added, problems, attempt):
+    """`budgets.Roll`, of the test examples."""
+    score = tooling.make_window_score(setup, stage.phase.learner, env)
+    mine = [int(p) for p in problems if p % n == jax.process_index()]
+    asked = setup.augmented([found[p] for p in mine or [0]], added)  # all processes sample
+    tools = tooling.make_tools(stage, 'eval', lambda: asked, score)
+    table = evaluation.outcomes(
+      env.rollout(tools, named, attempt), tools.tokenizer, tools.prefill, correct
+    )
+    every, place = sharding.gather(mine), [divmod(int(g), n) for g in table['group']]
+    problem = [every[process][i] if every[process] else -1 for i, process in place]
+    table['group'] = np.asarray(problem)
+    order = np.argsort(problem, kind='stable')
+    order = order[table['group'][order] >= 0]
+    return {name: column[order] for name, column in table.items()}
+
   def evaluate(stage, state, version):
     stage = dataclasses.replace(stage, place=(0, 0))  # the same draws in every phase
     score = tooling.make_window_score(setup, stage.phase.learner, env)
@@ -75,6 +92,10 @@ def make_evaluate(setup: wiring.Setup):
     metrics, experiences = evaluation.evaluate(
       setup.evaluation, env, tools, named, vote and functools.partial(vote, tally=stage.tally)
     )
+    for name, method in setup.budgets.items():
+      rows = functools.partial(roll, stage, named)
+      swept = budgets.sweep(method, env, setup.evaluation_augmentations, count, rows)
+      metrics |= {f'eval/{name}/{metric}': value for metric, value in swept.items()}
     shown = [
       {'mode': mode, **sample}
       for mode, experience in experiences.items()

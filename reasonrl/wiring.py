@@ -14,6 +14,7 @@ from typing import Any
 
 from reasonrl import (
   augmentations,
+  budgets,
   data,
   evaluation,
   learner,
@@ -49,6 +50,7 @@ class Setup:
   evaluation: evaluation.Evaluation
   evaluation_env: Any
   evaluation_augmentations: tuple
+  budgets: dict[str, Any]  # name -> method, of the evaluation
   pool: Any
   poll: Callable[[], None]
 
@@ -161,9 +163,12 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
     samplers=samplers,
     rewards=rewards,
     phases={},
-    evaluation=tables.build(evaluation.Evaluation, config.evaluation, 'env', 'augmentations'),
+    evaluation=tables.build(
+      evaluation.Evaluation, config.evaluation, 'env', 'augmentations', 'budgets'
+    ),
     evaluation_env=tables.member(table['env'], config.evaluation.env, 'evaluation.env'),
     evaluation_augmentations=asked_in_evaluation,
+    budgets=make_budgets(config.evaluation),
     pool=pool,
     poll=poll,
   )
@@ -181,6 +186,16 @@ def make_augmentations(config, section, what: str) -> tuple:
     tables.build(tables.lookup(augmentations.AUGMENTATIONS, name, what), fields)
     for name, fields in chosen.augmentations.items()
   )
+
+
+def make_budgets(section) -> dict[str, Any]:
+  """The methods that a section of kind evaluation sweeps."""
+  found = {}
+  for name, fields in section.budgets.items():
+    cls = tables.lookup(budgets.BUDGETS, name, 'evaluation.budgets')
+    with tables.named(f'evaluation.budgets.{name}'):
+      found[name] = tables.build(cls, fields)
+  return found
 
 
 def make_model(table: dict, fields, tokenizer):

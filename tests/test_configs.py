@@ -61,7 +61,8 @@ def test_sections_and_dataclasses_agree(name, variant):
   check_task(config.task)
   assert (fields(prompts.Prompter) - {'worked'}) | {'augmentations'} == set(config.prompt)
   assert fields(tokenizers.Settings) == set(config.tokenizer)
-  assert fields(evaluation.Evaluation) | {'env', 'augmentations'} == set(config.evaluation)
+  own = {'env', 'augmentations', 'budgets'}
+  assert fields(evaluation.Evaluation) | own == set(config.evaluation)
   for section in config.models.values():
     assert fields(train.MODELS[section.kind]) | {'kind', 'weights'} == set(section)
   for reward, section in config.rewards.items():

@@ -42,7 +42,7 @@ LAYERS = (
   ),
   (
     *('train', 'steps', 'held_out', 'sentinels', 'tooling', 'parameters', 'checks', 'wiring'),
-    *('objective', 'peers', 'phases', 'tables', 'postmortem', 'collecting'),
+    *('objective', 'peers', 'phases', 'tables', 'postmortem', 'collecting', 'budgets'),
   ),
   (
     *('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'replay'),
