@@ -143,7 +143,7 @@ def prompt(template: str) -> ConfigDict:
 
 
 def augmentations(*names: str) -> ConfigDict:
-  """What is added to problems, in this order: name -> its fields, see reasonrl/augmentations.py."""
+  """What is added to problems, in the order of the names: see reasonrl/augmentations.py."""
   fields = {
     'length_target': {  # arXiv 2503.04697
       'min_tokens': 100,  # of a target, uniform; thinking, answer and EOS
@@ -510,18 +510,18 @@ def single_turn() -> ConfigDict:
       # tokens; training on a truncated draw needs the ids that were kept, more are an error
       'max_kept_tokens': 64,
       'slots': 0,  # rows decoded at a time on each process; 0 = all
-      'controls': {},  # controls(...), applied in this order
+      'controls': {},  # controls(...), applied in the order of their names
     }
   )
 
 
 def controls(*names: str) -> ConfigDict:
-  """What is written into completions, or kept out: name -> its fields, see reasonrl/controls.py."""
+  """What is written into completions, or kept out of them: see reasonrl/controls.py."""
   fields = {
     'think_budget': {  # budget forcing, arXiv 2501.19393
       'start': '<think>',  # the prompt may end with it
       'end': '</think>',
-      'wait': 'Wait',  # instead of an end that comes too early
+      'wait': 'Wait',  # instead of an end that comes too early; '' = never
       'final': '</think><answer>',  # at the maximum; s1 '\nFinal Answer:' behind its end
       'max_think': 0,  # tokens; 0 = no maximum
       'min_think': 0,  # tokens

@@ -1,7 +1,8 @@
 """What is added to a problem before it is rendered: a length target, a level of effort, a label.
 
 An augmentation is a pure function of (seed, example): all samples of a group and their rewards see
-the same problem and the same `meta`, where what it decided is stored. Several apply in order.
+the same problem and the same `meta`, where what it decided is stored. Several apply in order: in a
+config, that of their names.
 """
 
 from __future__ import annotations

@@ -106,11 +106,11 @@ class ThinkBudget:
   start: Pattern  # () = the completion begins inside
   end: Pattern
   end_ids: tuple[int, ...]  # as it is written
-  wait: tuple[int, ...]
+  wait: tuple[int, ...]  # () = an early end is left as it is
   final: tuple[int, ...]
 
   def __post_init__(self):
-    for name in ('end', 'end_ids', 'wait', 'final'):
+    for name in ('end', 'end_ids', 'final'):
       if not getattr(self, name):
         raise records.UserError(f'think_budget: {name} has no tokens')
 
@@ -166,7 +166,8 @@ class ThinkBudget:
     ends_B = thinking_B & (closed_B | stopped_B)
     back_B = jnp.where(ends_B & ~stopped_B, len(self.end) - 1, 0)
     thought_B = view.length_B - back_B - begin_B  # tokens of thinking without its end
-    extend_B = ends_B & ((ignored_B < numbers['ignores']) | (thought_B < numbers['min_think']))
+    early_B = (ignored_B < numbers['ignores']) | (thought_B < numbers['min_think'])
+    extend_B = ends_B & early_B & bool(self.wait)
     close_B = ends_B & ~extend_B & stopped_B  # a stop id is not the end that was asked for
 
     queue_B = jnp.where(extend_B, 1, jnp.where(close_B, 3, queue_B))
@@ -301,5 +302,10 @@ def build(sections: Mapping[str, Mapping], tokenizer) -> tuple[tuple, dict[str, 
       if not isinstance(value, int) or abs(value) > np.iinfo(np.int32).max:
         raise records.UserError(f'controls.{name}.{field}={value!r} is not a number of tokens')
       numbers[field] = value
+    if numbers.get('ignores') or numbers.get('min_think'):
+      if not sections['think_budget']['wait']:
+        raise records.UserError(
+          "controls.think_budget.wait='', but ignores and min_think write it instead of an end"
+        )
     built.append(cls.of(tokenizer, **{field: fields[field] for field in cls.STRINGS}))
   return tuple(built), numbers

@@ -108,7 +108,10 @@ def with_sweeps(config, sweeps: list[str]):
       except ValueError:
         raise records.UserError(f'--sweep={sweep}: {values!r} are not numbers') from None
   if config.evaluation.budgets and 'think_budget' not in config.evaluation.env.controls:
-    config.evaluation.env.controls.think_budget = common.controls('think_budget').think_budget
+    section = common.controls('think_budget').think_budget
+    if 'ignores' not in config.evaluation.budgets:
+      section.wait = ''  # it is not written, and not every tokenizer has it
+    config.evaluation.env.controls.think_budget = section
   return config.lock()
 
 
@@ -121,10 +124,8 @@ def sweep_table(row: dict, name: str) -> rich.table.Table:
   columns |= {'within': 'within', 'truncated': 'truncated', 'mean_abs_error': 'off by'}
   columns |= {'within_10': 'within 10 %', 'failed': 'failed'}
   columns = {k: v for k, v in columns.items() if any(f'{s}/{k}' in found for s in settings)}
-  whole = (
-    f'Control {found["control"]:.0%}, Scaling {found["scaling"]:.3g} points per 1,000 tokens, '
-    f'Performance {found["performance"]:.3f}'
-  )
+  slope = 'none' if found['scaling'] is None else f'{found["scaling"]:.3g} points per 1,000 tokens'
+  whole = f'Control {found["control"]:.0%}, Scaling {slope}, Performance {found["performance"]:.3f}'
   out = rich.table.Table(name, *columns.values(), caption=whole)
   for setting in settings:
     cells = [f'{found[f"{setting}/{metric}"]:.3g}' for metric in columns]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reasonrl import controls, records, sampling, sharding, types
+from reasonrl import controls, records, sampling, sharding, tokenizers, types
 from reasonrl.configs import common
 from reasonrl.models import decoder
 
@@ -126,6 +126,84 @@ def test_thinking_that_begins_later():
   assert said == [7, CLOSE, OPEN, 10, 11, CLOSE, FINAL, 14]  # an end before it is no end
 
 
+def test_thinking_that_the_prompt_began():
+  control = dataclasses.replace(BUDGET, start=((OPEN,),))
+  for last, cut in ((OPEN, True), (7, False)):
+    tokens_BS = jnp.asarray([[7, last, *[99] * 8]], jnp.int32)
+    view = controls.View(tokens_BS, jnp.full(1, 2), jnp.full(1, 2))
+    assert (control.begin(view)['phase_B'][0] == controls.THINKING) == cut
+  both = dataclasses.replace(BUDGET, start=((7,), (OPEN,)))
+  assert both.begin(view)['phase_B'][0] == controls.BEFORE
+  view = view._replace(tokens_BS=view.tokens_BS.at[0, 1].set(OPEN))
+  assert both.begin(view)['phase_B'][0] == controls.THINKING
+
+
+def test_ends_without_a_wait_stay():
+  control = dataclasses.replace(BUDGET, wait=())
+  said, own = run(control, thinker(3), numbers(max_think=9, ignores=2, min_think=8))
+  assert said == [10, 11, 12, CLOSE, 20, EOS] and all(own)
+
+
+# ------------------------------------------------------------------------------------ from a config
+
+
+def section(name, **changes):
+  out = common.controls(name)[name].to_dict()
+  return {name: {**out, **changes}}
+
+
+def test_strings_become_ids():
+  tokenizer = tokenizers.Bytes()
+  built, given = controls.build(section('think_budget', max_think=5), tokenizer)
+  (budget,) = built
+  assert given == {'max_think': 5, 'min_think': 0, 'ignores': 0}
+  assert budget.wait == tuple(tokenizer.encode('Wait'))
+  assert budget.end_ids == tuple(tokenizer.encode('</think>'))
+  assert budget.end == tuple((i,) for i in budget.end_ids)  # no byte holds another
+  both = section('force', text='ab') | section('forbid', texts=('b', 'cb'), forbidden=3)
+  built, given = controls.build(both, tokenizer)
+  assert built == (
+    controls.Force(tuple(tokenizer.encode('ab'))),
+    controls.Forbid(tuple(sorted(tokenizer.encode('bc')))),
+  )
+  assert given == {'forced': -1, 'forbidden': 3}
+
+
+class Pairs:
+  """Tokens of several characters, as byte pairs have them."""
+
+  pieces = ('</', 'think', '>', '><', '.</', 'x', '>\n', 'thinking')
+  vocab_size = len(pieces)
+
+  def encode(self, text):
+    pieces = {'</think>': ('</', 'think', '>'), 'x': ('x',)}[text]
+    return [self.pieces.index(piece) for piece in pieces]
+
+  def decode(self, ids, skip_special):
+    return ''.join(self.pieces[i] for i in ids)
+
+
+def test_a_string_joined_to_what_is_beside_it():
+  assert controls.pattern(Pairs(), '</think>') == ((0, 4), (1,), (2, 3, 6))
+  assert controls.pattern(Pairs(), 'x') == ((5,),)
+
+
+@pytest.mark.parametrize(
+  'sections, message',
+  [
+    ({'brake': {}}, "controls: 'brake' is not one of think_budget, force, forbid"),
+    ({'force': {'text': 'a'}}, 'controls.force: unknown or missing: forced'),
+    (section('force', text='a', forced=1.5), 'forced=1.5 is not a number of tokens'),
+    (section('force'), 'force: ids has no tokens'),
+    (section('think_budget', end=''), 'think_budget: end has no tokens'),
+    (section('think_budget', wait='', ignores=1), "wait='', but ignores and min_think write it"),
+  ],
+)
+def test_bad_sections(sections, message):
+  with pytest.raises(records.UserError, match=message):
+    controls.build(sections, tokenizers.Bytes())
+
+
 def plain(policy, max_think, min_think, ignores, wait, final, cap=40):
   """Budget forcing on lists: thinking inside from the start, an end of one token."""
   said, ignored = [], 0
@@ -162,7 +240,7 @@ def test_random_policies_and_budgets(seed):
     assert said == want, (given, wait)
 
 
-@pytest.mark.parametrize('name', ['end', 'end_ids', 'wait', 'final'])
+@pytest.mark.parametrize('name', ['end', 'end_ids', 'final'])
 def test_strings_without_tokens(name):
   with pytest.raises(records.UserError, match=f'think_budget: {name} has no tokens'):
     dataclasses.replace(BUDGET, **{name: ()})

@@ -70,6 +70,20 @@ def test_an_earlier_phase_and_given_weights_are_the_same(run):
   }
 
 
+def test_a_sweep_of_budgets(run):
+  sweeps = ('--sweep=max_think=1,3', '--sweep=rejection=2')
+  add = '--config.evaluation.num_examples=16'
+  done = call('evaluate', run.parent, '--workdir=first', '--to=swept', add, *sweeps)
+  assert done.returncode == 0, done.stderr
+  (row,) = rows(run.parent / 'swept')
+  for n in (1, 3):
+    assert row[f'eval/max_think/{n}/think_length'] <= n and row[f'eval/max_think/{n}/within'] == 1
+  assert row['eval/max_think/control'] == 1.0
+  assert row['eval/rejection/2/failed'] == 1 - row['eval/rejection/2/within']
+  for text in ('max_think', 'Control 100%', 'Scaling', 'Performance', 'failed'):
+    assert text in done.stdout, text
+
+
 @pytest.mark.parametrize(
   'flags, said',
   [
@@ -81,6 +95,10 @@ def test_an_earlier_phase_and_given_weights_are_the_same(run):
     (('--workdir=first', '--config.evaluation.num_exampels=3'), "did you mean 'num_examples'?"),
     (('--config=configs/r1_zero.py', '--model=missing.gguf'), 'missing.gguf'),
     (('--workdir=first', '--distributed'), '--distributed needs --to'),
+    (('--workdir=first', '--sweep=think=4'), "'think' is not one of class, ignores, max_think"),
+    (('--workdir=first', '--sweep=max_think'), 'give it as max_think=4,8,16'),
+    (('--workdir=first', '--sweep=class=4'), 'give it as class'),
+    (('--workdir=first', '--sweep=max_think=a'), "'a' are not numbers"),
     (('--workdir', 'first', '--phase=sft'), "--phase='sft' is not one of pretrain, rl"),
   ],
 )
