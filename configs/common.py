@@ -543,7 +543,7 @@ def evaluation() -> ConfigDict:
       'num_examples': 1024,
       'correct': 'accuracy',  # the reward that means 'right'
       'augmentations': {},  # of its problems; {} = prompt.augmentations
-      'budgets': {},  # budgets(...): sweeps of thinking budgets, with every evaluation
+      'budgets': {},  # budgets(...): sweeps of thinking budgets, at the end of every phase
       'by': '',  # a field of meta by which accuracy is reported too, such as 'digits'
       'env': single_turn(),
     }
@@ -561,17 +561,17 @@ def budgets(*names: str) -> ConfigDict:
   evaluation.env.controls.
   """
   fields = {
-    'max_think': {'values': (512, 1024, 2048, 4096), 'temperature': 0.0},  # tokens
-    'ignores': {'values': (0, 1, 2, 4), 'temperature': 0.0},
+    'max_think': {'numbers': (512, 1024, 2048, 4096), 'temperature': 0.0},  # tokens
+    'ignores': {'numbers': (0, 1, 2, 4), 'temperature': 0.0},
     'target': {  # token-conditional; L1 (arXiv 2503.04697) has its own template, 16 samples at .6
-      'values': (512, 1024, 2048, 3600),
+      'numbers': (512, 1024, 2048, 3600),
       'temperature': 0.0,
       'template': '\n\nThink for up to {n} tokens.',
       'unit_tokens': 1,
       'forced': False,  # with budget forcing at that number
     },
     'steps': {  # step-conditional; its template is not stated
-      'values': (16, 32, 64, 128),
+      'numbers': (16, 32, 64, 128),
       'temperature': 0.0,
       'template': '\n\nThink for up to {n} steps.',
       'unit_tokens': 100,
@@ -585,7 +585,7 @@ def budgets(*names: str) -> ConfigDict:
       'spend the extra time trying to double-check your work until you are absolutely sure that '
       'you have the correct answer.',
     },
-    'rejection': {'values': (512, 1024, 2048, 4096), 'temperature': 1.0, 'retries': 16},
+    'rejection': {'numbers': (512, 1024, 2048, 4096), 'temperature': 1.0, 'retries': 16},
   }
   return ConfigDict({name: fields[name] for name in names})
 

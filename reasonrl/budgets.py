@@ -1,6 +1,6 @@
 """Held-out accuracy under budgets of thinking, and how well the budgets are kept.
 
-1. A method has values; each is a `Setting`: what is changed of the environment and of the prompts,
+1. A method has numbers; each is a `Setting`: what is changed of the environment and of the prompts,
    and how many tokens of thinking it allows.
 2. `sweep` rolls out the test examples at every setting.
 3. Control, Scaling and Performance (s1, arXiv 2501.19393, section 3.2) are computed over the
@@ -28,7 +28,7 @@ Roll = Callable[[Any, tuple, np.ndarray, int], dict[str, np.ndarray]]
 
 
 class Setting(NamedTuple):
-  """One value of a method."""
+  """One number of a method."""
 
   name: str
   env: Any
@@ -39,24 +39,24 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forced:
-  """Budget forcing, with `NUMBER` of evaluation.env.controls.think_budget set to each value.
+  """Budget forcing: `NUMBER` of evaluation.env.controls.think_budget is set to each of `numbers`.
 
   Raises:
-    UserError: a value is out of range; the environment has no think_budget, whose strings it needs.
+    UserError: a number is out of range; the environment has no think_budget with its strings.
   """
 
   NUMBER: ClassVar[str]
   LEAST: ClassVar[int]
 
-  values: tuple[int, ...]
+  numbers: tuple[int, ...]
   temperature: float  # 0 = greedy
 
   def __post_init__(self):
-    _check(self.values, self.LEAST)
+    _check(self.numbers, self.LEAST)
 
   def settings(self, env, added: tuple) -> list[Setting]:
     found = []
-    for n in self.values:
+    for n in self.numbers:
       forced = force(drawn(env, self.temperature), **{self.NUMBER: n})
       most = forced.controls['think_budget']['max_think'] or math.inf
       found.append(Setting(str(n), forced, added, most, math.nan))
@@ -83,20 +83,20 @@ class Asked:
   Augmentations of the run that ask for a length give way to this.
   """
 
-  values: tuple[int, ...]
+  numbers: tuple[int, ...]
   temperature: float
-  template: str  # added to the problem; {n} is the value
+  template: str  # added to the problem; {n} is the number
   unit_tokens: int
   forced: bool  # with budget forcing at as many tokens
 
   def __post_init__(self):
-    _check(self.values, 1)
+    _check(self.numbers, 1)
     augmentations.check_template('evaluation.budgets', 'template', self.template, '{n}')
 
   def settings(self, env, added: tuple) -> list[Setting]:
     env, found = drawn(env, self.temperature), []
     others = tuple(each for each in added if not augmentations.longest((each,)))
-    for n in self.values:
+    for n in self.numbers:
       asked = (*others, augmentations.Suffix(self.template.replace('{n}', str(n))))
       tokens = n * self.unit_tokens
       within = force(env, max_think=tokens) if self.forced else env
@@ -128,12 +128,12 @@ class Rejection:
   of the last one.
   """
 
-  values: tuple[int, ...]
+  numbers: tuple[int, ...]
   temperature: float
   retries: int
 
   def __post_init__(self):
-    _check(self.values, 1)
+    _check(self.numbers, 1)
     if self.temperature <= 0 or self.retries < 0:
       raise records.UserError(
         f'temperature={self.temperature} must be above 0, retries={self.retries} at least 0'
@@ -141,7 +141,7 @@ class Rejection:
 
   def settings(self, env, added: tuple) -> list[Setting]:
     env = dataclasses.replace(drawn(env, self.temperature), num_generations=1)
-    return [Setting(str(n), env, added, n, math.nan) for n in self.values]
+    return [Setting(str(n), env, added, n, math.nan) for n in self.numbers]
 
 
 BUDGETS = {
@@ -154,9 +154,19 @@ BUDGETS = {
 }
 
 
-def _check(values, least: int) -> None:
-  if not values or any(not isinstance(n, int) or n < least for n in values):
-    raise records.UserError(f'values={values} must be numbers from {least} up')
+def by_setting(row: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+  """Setting -> its metrics, of a method in a row of metrics.jsonl; empty: it was not swept."""
+  found = {}
+  for key, value in row.items():
+    if key.startswith(f'eval/{name}/') and key.count('/') == 3:
+      _, _, setting, metric = key.split('/')
+      found.setdefault(setting, {})[metric] = value
+  return found
+
+
+def _check(numbers, least: int) -> None:
+  if not numbers or any(not isinstance(n, int) or n < least for n in numbers):
+    raise records.UserError(f'numbers={numbers} must be one or more, from {least} up')
 
 
 def drawn(env, temperature: float):
@@ -180,7 +190,7 @@ def force(env, **numbers: int):
 
 
 def sweep(method, env, added: tuple, problems: int, roll: Roll) -> dict[str, float]:
-  """Metrics of every setting, '<value>/accuracy' ..., and of all: 'control' ...
+  """Metrics of every setting, '<number>/accuracy' ..., and of all: 'control' ...
 
   Of a setting:
     accuracy, accuracy_low, accuracy_high   a 95 % interval; clustered by problem

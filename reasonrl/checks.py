@@ -136,12 +136,12 @@ def swept(setup: wiring.Setup) -> None:
   for name, method in setup.budgets.items():
     for setting in method.settings(setup.evaluation_env, setup.evaluation_augmentations):
       draws(setup, setting.env)
-      setup.prompt(*setup.augmented([raw], setting.added))
       if setting.target > setting.env.max_completion_length:
         raise records.UserError(
           f'evaluation.budgets.{name} asks for {setting.target} tokens, but evaluation.env.'
           f'max_completion_length={setting.env.max_completion_length}'
         )
+      setup.prompt(*setup.augmented([raw], setting.added))
 
 
 def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:

@@ -10,7 +10,7 @@
    parameters.
 3. `train.run` does the rest, into --to: metrics.jsonl (pass@1 with intervals, greedy and sampled,
    pass@k, majority@k, lengths, truncation, strict and lenient) and rollouts.jsonl (transcripts).
-4. --sweep adds a method of evaluation.budgets with these values: accuracy and thinking tokens at
+4. --sweep adds a method of evaluation.budgets with these numbers: accuracy and thinking tokens at
    each budget, and over them Control, Scaling and Performance (arXiv 2501.19393).
 """
 
@@ -33,7 +33,7 @@ _PHASE = flags.DEFINE_string('phase', '', 'Which phase of the run; by default th
 _MODEL = flags.DEFINE_string('model', '', 'Weights to evaluate under --config.')
 _TO = flags.DEFINE_string('to', '', 'Folder of the results; by default a new one.')
 _SWEEP = flags.DEFINE_multi_string(
-  'sweep', [], 'METHOD=VALUE,VALUE,... of evaluation.budgets, such as max_think=4,8,16.'
+  'sweep', [], 'METHOD=NUMBER,NUMBER,... of evaluation.budgets, such as max_think=4,8,16.'
 )
 SHOWN = 3  # transcripts on the screen
 LENGTHS = (
@@ -83,12 +83,12 @@ def prepare(config, workdir: str, phase: str, model: str):
 
 
 def with_sweeps(config, sweeps: list[str]):
-  """The config with methods of evaluation.budgets and their values.
+  """The config with methods of evaluation.budgets and their numbers.
 
   Where it has no strings for budget forcing, those of `common.controls` are taken.
 
   Raises:
-    UserError: one is not METHOD=VALUE,VALUE,... of numbers.
+    UserError: one is not METHOD=NUMBER,NUMBER,....
   """
   known = common.budgets(*budgets.BUDGETS)
   config.unlock()
@@ -99,12 +99,12 @@ def with_sweeps(config, sweeps: list[str]):
     if name not in config.evaluation.budgets:
       config.evaluation.budgets[name] = known[name]
     section = config.evaluation.budgets[name]
-    if ('values' in section) != bool(values):
-      expected = f'{name}=4,8,16' if 'values' in section else name
+    if ('numbers' in section) != bool(values):
+      expected = f'{name}=4,8,16' if 'numbers' in section else name
       raise records.UserError(f'--sweep={sweep}: give it as {expected}')
     if values:
       try:
-        section.values = tuple(int(value) for value in values.split(','))
+        section.numbers = tuple(int(value) for value in values.split(','))
       except ValueError:
         raise records.UserError(f'--sweep={sweep}: {values!r} are not numbers') from None
   if config.evaluation.budgets and 'think_budget' not in config.evaluation.env.controls:
@@ -117,21 +117,19 @@ def with_sweeps(config, sweeps: list[str]):
 
 def sweep_table(row: dict, name: str) -> rich.table.Table:
   """One line per setting of a swept method, and what holds over all of them."""
-  start = f'eval/{name}/'
-  found = {key.removeprefix(start): value for key, value in row.items() if key.startswith(start)}
-  settings = dict.fromkeys(key.split('/')[0] for key in found if '/' in key)
+  settings = budgets.by_setting(row, name)
   columns = {'accuracy': 'accuracy', 'think_length': 'thinking', 'completion_length': 'response'}
   columns |= {'within': 'within', 'truncated': 'truncated', 'mean_abs_error': 'off by'}
   columns |= {'within_10': 'within 10 %', 'failed': 'failed'}
-  columns = {k: v for k, v in columns.items() if any(f'{s}/{k}' in found for s in settings)}
-  slope = 'none' if found['scaling'] is None else f'{found["scaling"]:.3g} points per 1,000 tokens'
-  whole = f'Control {found["control"]:.0%}, Scaling {slope}, Performance {found["performance"]:.3f}'
+  columns = {k: v for k, v in columns.items() if any(k in found for found in settings.values())}
+  control, scaling, best = (row[f'eval/{name}/{x}'] for x in ('control', 'scaling', 'performance'))
+  slope = 'none' if scaling is None else f'{scaling:.3g} points per 1,000 tokens'
+  whole = f'Control {control:.0%}, Scaling {slope}, Performance {best:.3f}'
   out = rich.table.Table(name, *columns.values(), caption=whole)
-  for setting in settings:
-    cells = [f'{found[f"{setting}/{metric}"]:.3g}' for metric in columns]
-    low, high = (found[f'{setting}/accuracy_{end}'] for end in ('low', 'high'))
-    cells[0] = f'{found[f"{setting}/accuracy"]:.3f} [{low:.3f}, {high:.3f}]'
-    out.add_row(setting, *cells)
+  for setting, found in settings.items():
+    cells = [f'{found[metric]:.3g}' for metric in columns]
+    low, high = found['accuracy_low'], found['accuracy_high']
+    out.add_row(setting, f'{found["accuracy"]:.3f} [{low:.3f}, {high:.3f}]', *cells[1:])
   return out
 
 

@@ -68,7 +68,11 @@ def outcomes(
   process n mod count has. `correct`: see `Evaluation`. `vote`: see `evaluate`.
   """
   completions = experience.completions
-  sampled_R = np.bincount(experience.rollout_B, experience.mask_BT.sum(1))
+  by_R = lambda source: np.bincount(
+    experience.rollout_B, (experience.source_BT == source).sum(1)
+  ).astype(int)
+  sampled_R, written_R = by_R(types.POLICY), by_R(types.ENVIRONMENT)
+  marked = zip(completions, sampled_R + written_R, strict=True)
   mine = {
     'group': experience.group_R,
     'reward': experience.reward_R,
@@ -77,7 +81,8 @@ def outcomes(
     'completion_length': [c.num_tokens for c in completions],
     'think_length': [think_tokens(tokenizer, c, prefill) for c in completions],
     'stop': [int(c.stop) for c in completions],
-    'unmasked_tokens': [c.num_tokens - n for c, n in zip(completions, sampled_R, strict=True)],
+    'written': written_R,
+    'unmasked_tokens': [c.num_tokens - n for c, n in marked],
   }
   if vote is not None:
     mine['vote'] = vote(experience)
@@ -102,6 +107,8 @@ def summary(table: dict[str, np.ndarray]) -> dict[str, float]:
     advantages.zero_variance(table['reward'], table['group']).mean()
   )
   out['unmasked_tokens'] = float(table['unmasked_tokens'].sum())
+  if table['written'].any():
+    out['written_length'] = _mean(table['written'])
   return out
 
 

@@ -50,7 +50,10 @@ def voter(setup: wiring.Setup, examples):
 
 
 def make_evaluate(setup: wiring.Setup):
-  """(stage, train state, version) -> metrics and transcripts on the first test examples."""
+  """(stage, train state, version, last) -> metrics and transcripts on the first test examples.
+
+  Where it is the last of a phase, budgets of thinking are swept as well.
+  """
   count, n = setup.evaluation.num_examples, jax.process_count()
   if count % n:
     raise records.UserError(f'evaluation.num_examples={count} does not divide over {n} processes')
@@ -84,7 +87,7 @@ def make_evaluate(setup: wiring.Setup):
     order = order[table['group'][order] >= 0]
     return {name: column[order] for name, column in table.items()}
 
-  def evaluate(stage, state, version):
+  def evaluate(stage, state, version, last):
     stage = dataclasses.replace(stage, place=(0, 0))  # the same draws in every phase
     score = tooling.make_window_score(setup, stage.phase.learner, env)
     tools = tooling.make_tools(stage, 'eval', lambda: examples, score)
@@ -92,7 +95,7 @@ def make_evaluate(setup: wiring.Setup):
     metrics, experiences = evaluation.evaluate(
       setup.evaluation, env, tools, named, vote and functools.partial(vote, tally=stage.tally)
     )
-    for name, method in setup.budgets.items():
+    for name, method in setup.budgets.items() if last else ():
       rows = functools.partial(roll, stage, named)
       swept = budgets.sweep(method, env, setup.evaluation_augmentations, count, rows)
       metrics |= {f'eval/{name}/{metric}': value for metric, value in swept.items()}

@@ -20,9 +20,9 @@ import matplotlib.figure
 import matplotlib.ticker
 from absl import flags
 
-from reasonrl import command_line, logs, records, stats
+from reasonrl import budgets, command_line, logs, records, stats
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = '#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f'
+COLOURS = BLUE, ORANGE, GREEN, PURPLE, GREY = '#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f'
 
 # title, y axis ('percent' | 'zero': starts there | 'free' | 'log'), series (label, rows, metric,
 # colour); rows: 'train', of these 'supervised' (no reward) or 'reinforce' (a reward); 'eval'
@@ -46,6 +46,15 @@ PANELS = (
       ('thinking, held-out', 'eval', 'eval/sampled/think_length', ORANGE),
     ),
   ),
+  (
+    'Length against what was asked',
+    'zero',
+    (
+      ('off by, training samples', 'reinforce', 'reward/lcpo/exact/deviation', BLUE),
+      ('off by, held-out', 'eval', 'eval/sampled/reward/lcpo/exact/deviation', ORANGE),
+      ('within 10 %, held-out', 'eval', 'eval/sampled/reward/lcpo/exact/within_10', GREEN),
+    ),
+  ),
   ('Entropy (nats per token)', 'zero', (('policy', 'reinforce', 'entropy', BLUE),)),
   (
     'Supervised loss (nats per token)',
@@ -67,11 +76,8 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> list:
   """PANELS that the rows have data for; after the first, accuracy by a fact of the problems."""
   prefix = 'eval/greedy/accuracy/'
   keys = dict.fromkeys(key for row in rows for key in row if key.startswith(prefix))
-  colours = itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, GREY))
-  series = [
-    (key.removeprefix(prefix), 'eval', key, colour)
-    for key, colour in zip(keys, colours, strict=False)
-  ]
+  pairs = zip(keys, itertools.cycle(COLOURS), strict=False)
+  series = [(key.removeprefix(prefix), 'eval', key, colour) for key, colour in pairs]
   panels = [*PANELS[:1], ('Held-out accuracy, greedy', 'percent', series), *PANELS[1:]]
   return [p for p in panels if any(_rows_with(rows, which, key) for _, which, key, _ in p[2])]
 
@@ -136,15 +142,18 @@ def curves_png(workdir: str | pathlib.Path) -> pathlib.Path:
   rows = logs.read_rows(workdir / logs.METRICS)
   if not rows:
     raise records.UserError(f'no metrics in {workdir / logs.METRICS}')
-  panels = _panels(rows)
-  columns = 2 if len(panels) > 1 else 1
-  lines = max(1, -(-len(panels) // columns))
+  panels, swept = _panels(rows), _swept(rows)
+  count = len(panels) + bool(swept)
+  columns = 2 if count > 1 else 1
+  lines = max(1, -(-count // columns))
   height = 2.9 * lines + 0.7
   figure = matplotlib.figure.Figure(figsize=(6.4 * columns, height), dpi=110)
   axes = list(figure.subplots(lines, columns, squeeze=False).flat)
   for axis, panel in zip(axes, panels, strict=False):
     _draw(axis, panel, rows)
-  for axis in axes[len(panels) :]:
+  if swept:
+    _draw_budgets(axes[len(panels)], swept)
+  for axis in axes[count:]:
     axis.remove()
   figure.text(0.012, 1 - 0.12 / height, workdir.resolve().name, va='top', size=14, weight='bold')
   figure.text(0.012, 1 - 0.43 / height, headline(rows), va='top', size=11)
@@ -152,6 +161,34 @@ def curves_png(workdir: str | pathlib.Path) -> pathlib.Path:
   path = workdir / 'curves.png'
   figure.savefig(path)
   return path
+
+
+def _swept(rows) -> dict[str, list[dict[str, Any]]]:
+  """Method -> the metrics of its settings, as they were evaluated last."""
+  swept = {}
+  for row in rows:
+    found = {name: list(budgets.by_setting(row, name).values()) for name in budgets.BUDGETS}
+    swept |= {name: settings for name, settings in found.items() if settings}
+  return swept
+
+
+def _draw_budgets(axis, swept) -> None:
+  """Accuracy against tokens of thinking, a line for each swept method."""
+  for colour, (name, settings) in zip(itertools.cycle(COLOURS), swept.items(), strict=False):
+    settings = sorted(settings, key=lambda found: found['think_length'])
+    tokens, accuracy, low, high = (
+      [found[key] for found in settings]
+      for key in ('think_length', 'accuracy', 'accuracy_low', 'accuracy_high')
+    )
+    axis.vlines(tokens, low, high, color=colour, lw=1.2)
+    axis.plot(tokens, accuracy, 'o-', color=colour, ms=4, lw=1, label=f'{name} (95% interval)')
+  axis.set_ylim(-0.02, 1.02)
+  axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+  axis.set_title('Accuracy under budgets', loc='left', fontsize=11, pad=16)
+  axis.set_xlabel('mean tokens of thinking')
+  axis.grid(alpha=0.25)
+  axis.spines[['top', 'right']].set_visible(False)
+  axis.legend(fontsize=8, frameon=False, loc='best')
 
 
 def _draw(axis, panel, rows) -> None:

@@ -285,7 +285,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
       if (changed or due or index == step == 0) and not evaluated:
         flush()
         screen.status('evaluating')
-        row, samples = run.evaluate(stage, state, step)
+        row, samples = run.evaluate(stage, state, step, last)
         best = max(best, row['eval/greedy/accuracy'])
         counts = settle(step)
         row |= {'eval/best': best, **{f'eval/{key}': counts.get(key, 0) for key in FAILURES}}

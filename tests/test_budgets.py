@@ -50,16 +50,16 @@ def budget(env):
 
 def test_budget_forcing_sets_one_number_and_keeps_the_rest():
   env, ask = environment(), augmentations.Suffix(' Think.')
-  found = method('max_think', values=(4, 8)).settings(env, (ask,))
+  found = method('max_think', numbers=(4, 8)).settings(env, (ask,))
   assert [(s.name, s.most, s.added) for s in found] == [('4', 4, (ask,)), ('8', 8, (ask,))]
   assert [budget(s.env)['max_think'] for s in found] == [4, 8]
   assert all({**budget(s.env), 'max_think': 0} == budget(env) for s in found)
   assert all((s.env.temperature, s.env.num_generations) == (0.0, 1) for s in found)
-  found = method('ignores', values=(0, 2), temperature=0.6).settings(env, ())
+  found = method('ignores', numbers=(0, 2), temperature=0.6).settings(env, ())
   assert [budget(s.env)['ignores'] for s in found] == [0, 2]
   assert [s.most for s in found] == [math.inf] * 2 and found[0].env.temperature == 0.6
   bounded = budgets.force(env, max_think=9)
-  assert [s.most for s in method('ignores', values=(0, 2)).settings(bounded, ())] == [9, 9]
+  assert [s.most for s in method('ignores', numbers=(0, 2)).settings(bounded, ())] == [9, 9]
   with pytest.raises(records.UserError, match="needs 'think_budget' in evaluation.env.controls"):
     method('max_think').settings(environment(controls={}), ())
 
@@ -69,13 +69,13 @@ def test_what_is_asked_takes_the_place_of_a_target():
   cls = augmentations.AUGMENTATIONS['length_target']
   target, ask = tables.build(cls, section.length_target), augmentations.Suffix(' Think.')
   env = environment(num_generations=16)
-  found = method('target', values=(16,), temperature=0.6, template='={n}').settings(
+  found = method('target', numbers=(16,), temperature=0.6, template='={n}').settings(
     env, (target, ask)
   )
   (s,) = found
   assert s.added == (ask, augmentations.Suffix('=16')) and (s.most, s.target) == (16, 16)
   assert s.env == dataclasses.replace(env, temperature=0.6)
-  (s,) = method('steps', values=(3,), forced=True).settings(env, ())
+  (s,) = method('steps', numbers=(3,), forced=True).settings(env, ())
   assert s.added == (augmentations.Suffix('\n\nThink for up to 3 steps.'),)
   assert (s.most, s.target, budget(s.env)['max_think']) == (300, 300, 300)
   short, default, long = method('class').settings(env, (ask,))
@@ -87,9 +87,9 @@ def test_what_is_asked_takes_the_place_of_a_target():
 @pytest.mark.parametrize(
   'name, changes, message',
   [
-    ('max_think', {'values': ()}, r'values=\(\) must be numbers from 1 up'),
-    ('max_think', {'values': (0,)}, r'values=\(0,\) must be numbers from 1 up'),
-    ('ignores', {'values': (-1,)}, 'must be numbers from 0 up'),
+    ('max_think', {'numbers': ()}, r'numbers=\(\) must be one or more, from 1 up'),
+    ('max_think', {'numbers': (0,)}, r'numbers=\(0,\) must be one or more, from 1 up'),
+    ('ignores', {'numbers': (-1,)}, 'must be one or more, from 0 up'),
     ('target', {'template': 'Think.'}, "template='Think.' has no {n}"),
     ('rejection', {'temperature': 0.0}, 'temperature=0.0 must be above 0'),
     ('rejection', {'retries': -1}, 'retries=-1 at least 0'),
@@ -113,7 +113,7 @@ def test_a_sweep_by_hand():
     return outcomes(np.arange(200) < right, np.full(200, think))
 
   found = budgets.sweep(
-    method('max_think', values=(1500, 2000, 3000)), environment(), (), 200, roll
+    method('max_think', numbers=(1500, 2000, 3000)), environment(), (), 200, roll
   )
   assert found['1500/accuracy'] == 0.3 and found['3000/think_length'] == 4000
   assert found['control'] == pytest.approx(2 / 3)
@@ -132,7 +132,7 @@ def test_lengths_against_what_was_asked():
     off = 10 if mean == 100 else 11
     return outcomes([1, 0], [5, 200], [mean - off, mean + off], stop=LENGTH)
 
-  asked = method('target', values=(100, 120), template='={n}')
+  asked = method('target', numbers=(100, 120), template='={n}')
   found = budgets.sweep(asked, environment(), (), 2, roll)
   assert found['100/mean_error'] == 0 and found['100/mean_abs_error'] == pytest.approx(0.1)
   assert (found['100/within_10'], found['120/within_10']) == (1.0, 1.0)
@@ -157,16 +157,16 @@ def test_rejection_samples_what_is_too_long_again():
     think = {0: [4], 1: [9, 3], 2: [9, 8, 7]}
     return outcomes(np.ones(problems.size), [think[p][attempt] for p in problems], group=problems)
 
-  found = budgets.sweep(method('rejection', values=(4,), retries=2), environment(), (), 3, roll)
+  found = budgets.sweep(method('rejection', numbers=(4,), retries=2), environment(), (), 3, roll)
   assert asked == [([0, 1, 2], 0), ([1, 2], 1), ([2], 2)]
   assert found['4/accuracy'] == pytest.approx(2 / 3) and found['4/failed'] == pytest.approx(1 / 3)
   assert found['4/think_length'] == pytest.approx((4 + 3 + 7) / 3)
   asked.clear()
-  budgets.sweep(method('rejection', values=(9,), retries=2), environment(), (), 3, roll)
+  budgets.sweep(method('rejection', numbers=(9,), retries=2), environment(), (), 3, roll)
   assert asked == [([0, 1, 2], 0)]
 
 
 def test_several_samples_of_a_problem():
   roll = lambda *_: outcomes([1, 0, 1, 1], [4, 4, 4, 4], group=[0, 0, 1, 1])
-  found = budgets.sweep(method('max_think', values=(4,)), environment(), (), 2, roll)
+  found = budgets.sweep(method('max_think', numbers=(4,)), environment(), (), 2, roll)
   assert found['4/accuracy'] == 0.75 and math.isnan(found['scaling'])

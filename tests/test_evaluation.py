@@ -226,9 +226,13 @@ def test_summary_leaves_nan_rewards_out():
 def test_summary_counts_sampled_tokens_outside_the_mask():
   found = sample()
   source = found.source_BT.copy()
-  source[1, 3] = types.ENVIRONMENT
+  source[1, 3] = types.PROMPT
   changed = dataclasses.replace(found, source_BT=source)
-  assert summary(changed)['unmasked_tokens'] == 1.0
+  assert summary(changed)['unmasked_tokens'] == 1.0 and 'written_length' not in summary(changed)
+  source[1, 3] = types.ENVIRONMENT  # what a control wrote is marked as well
+  written = summary(dataclasses.replace(found, source_BT=source))
+  assert written['unmasked_tokens'] == 0.0
+  assert written['written_length'] == 1 / len(found.completions)
 
 
 def test_outcomes_of_two_processes_are_in_the_order_of_the_data(monkeypatch):

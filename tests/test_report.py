@@ -166,3 +166,21 @@ def test_accuracy_by_a_fact_of_the_problems_has_a_panel(tmp_path, monkeypatch):
   assert 'sft-3 12' in (report.html(tmp_path)).read_text()
   # The evaluation after what was learned from the collected rows belongs to the first panel.
   assert drawn['Accuracy']['held-out, sampled (95% interval)'] == [[10, 0.3], [12, 0.6]]
+
+
+def test_accuracy_under_budgets_has_a_panel(tmp_path, monkeypatch):
+  """The last sweep, in the order of the thinking tokens."""
+
+  def sweep(step, tokens):
+    row = held_out(step, 'rl', 0.5)
+    for n, accuracy in tokens.items():
+      found = {'accuracy': accuracy, 'accuracy_low': accuracy - 0.1, 'accuracy_high': accuracy + 0.1}
+      found |= {'think_length': n - 0.5, 'completion_length': n + 3}
+      row |= {f'eval/max_think/{n}/{name}': value for name, value in found.items()}
+    return row | {'eval/max_think/control': 1.0}
+
+  rows = [train(1, 'rl', reward=0.1, accuracy=0.1), sweep(1, {2: 0.1}), sweep(2, {8: 0.6, 4: 0.3})]
+  rows.append(held_out(3, 'rl', 0.5))  # without a sweep
+  panel = curves(monkeypatch, workdir(tmp_path, rows))['Accuracy under budgets']
+  ((label, line),) = panel.items()
+  assert label == 'max_think (95% interval)' and line == [[3.5, 0.3], [7.5, 0.6]]

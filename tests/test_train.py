@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -182,6 +183,40 @@ def test_a_phase_that_only_evaluates_and_one_that_starts_from_it(tmp_path, pool)
   assert list((tmp_path / 'run' / 'profile' / 'rl').rglob('perfetto_trace.json.gz'))
 
 
+def test_augmentations_and_controls_of_a_phase(tmp_path, pool):
+  """Only `rl` is asked for a length, and made to think for three tokens at most."""
+  config = tiny()
+  config.pretrain.steps, config.rl.steps = 40, 2
+  config.prompt.max_length = 20
+  config.rl.row_length = config.pretrain.row_length = 64
+  config.rl.augmentations = common.augmentations('length_target')
+  config.rl.augmentations.length_target.update(min_tokens=6, max_tokens=9, template_exact='={n}')
+  config.rl.env.controls = common.controls('think_budget')
+  config.rl.env.controls.think_budget.update(max_think=3, wait='')
+  config.rewards = common.rewards(accuracy=1.0, lcpo=1.0, repetition=1.0)
+  config.rewards.repetition.ngram = 1
+  config.log.transcripts_every = 1
+  config.evaluation.budgets = common.budgets('rejection')
+  config.evaluation.budgets.rejection.update(numbers=(2, 40), retries=1)
+  assert train.run(config, str(tmp_path / 'run'), pool) == 0
+  shown = [json.loads(line) for line in (tmp_path / 'run/rollouts.jsonl').read_text().splitlines()]
+  trained = [row for row in shown if row['kind'] == 'train' and row['phase'] == 'rl']
+  assert trained and all(re.search('=[6-9]$', row['prompt']) for row in trained)
+  held_out = [row for row in shown if row['kind'] == 'eval']
+  assert held_out and all(row['prompt'].endswith('?') for row in held_out)
+  forced = [row for row in trained if len(row['completion'].partition('</think>')[0]) > 9]
+  assert any('</think><answer>' in row['completion'] for row in forced)
+  for row in forced:
+    thought = re.match('<think>((?:[(]..[)]|.)*?)</think>', row['completion'])
+    assert thought is None or len(re.findall('[(]..[)]|.', thought[1])) <= 3
+  for row in rows_of(tmp_path / 'run', 'train'):
+    if row['phase'] == 'rl':
+      assert row['unmasked_tokens'] == 0 < row['written_length'] and row['mismatch/max'] < 1e-4
+      assert row['reward/repetition/repeated'] >= 0 and 'reward/lcpo/exact/deviation' in row
+  last = rows_of(tmp_path / 'run', 'eval')[-1]
+  assert last['eval/rejection/40/failed'] == 0 and last['eval/rejection/control'] > 0
+
+
 def test_a_loop_of_phases_with_averages_and_starts_by_name(tmp_path, pool):
   config = short(phases=('pretrain', ('rl', 'again', 2)), pretrain__steps=2, rl__steps=1)
   config.again = common.supervised(learning_rate=1e-2)
@@ -345,6 +380,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
 # ------------------------------------------------------------------------------------ bad input
 
 
+BANS = common.controls('forbid')
+BANS.forbid.texts = ('.',)
 FORGETFUL = common.single_turn()
 FORGETFUL.update({'min_p': 0.1, 'max_kept_tokens': 0})
 
@@ -397,6 +434,18 @@ FORGETFUL.update({'min_p': 0.1, 'max_kept_tokens': 0})
     ('phases', (('pretrain', 'rl'),), 'must end in how often it is repeated'),
     ('task.num_swaps', 1, 'only .* different test problems'),
     ('task', common.countdown(), 'examples of countdown need the reward countdown'),
+    (
+      'prompt.augmentations',
+      common.augmentations('length_target'),
+      'max_completion_length=16 is less than the 4000 tokens that an augmentation asks for',
+    ),
+    ('rl.augmentations', common.augmentations('length_label'), 'was not collected by a phase'),
+    ('rl.augmentations', {'haste': {}}, "rl.augmentations='haste' is not one of effort"),
+    ('rl.env.controls', BANS, "rl.env.controls has 'forbid', which changes probabilities"),
+    ('rl.env.controls', {'brake': {}}, "'brake' is not one of think_budget, force, forbid"),
+    ('evaluation.budgets', common.budgets('ignores'), "needs 'think_budget' in evaluation.env.con"),
+    ('evaluation.budgets', common.budgets('target'), 'budgets.target asks for 512 tokens'),
+    ('evaluation.budgets', {'luck': {}}, "evaluation.budgets='luck' is not one of class"),
   ],
 )
 def test_bad_input_stops_at_start_with_one_clear_line(tmp_path, pool, field, value, says):

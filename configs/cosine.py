@@ -1,0 +1,77 @@
+"""Cosine length reward (arXiv 2502.03373) beside the classic one, in a tight window.
+
+  python -m reasonrl.main --config=configs/cosine.py               short and right, long and wrong
+  python -m reasonrl.main --config=configs/cosine.py:classic       right 1; wrong or cut off 0
+  python -m reasonrl.main --config=configs/cosine.py:variant_a     the paper's A: long and right
+  python -m reasonrl.main --config=configs/cosine.py:debug         the first, short
+"""
+
+from reasonrl.configs import common
+
+VARIANTS = {
+  '': 'tiny model from scratch: pretrain, then GRPO with the cosine reward',
+  'classic': 'the same with the classic reward',
+  'variant_a': 'the same with a reward that pays long right answers',
+  'debug': 'the first in half a minute, too short to learn much',
+}
+WINDOW = 32  # tokens of a completion
+
+
+def get_config(arg=''):
+  """The experiment; `arg` is a key of VARIANTS."""
+  variant = common.parse(arg, VARIANTS)
+  config = tiny()
+  if variant == 'classic':
+    config.rewards = common.rewards(accuracy=1.0)
+    config.rewards.accuracy.require_stop = True
+  if variant == 'variant_a':
+    config.rewards.cosine.update(value_correct_at_0=0.0, value_correct_at_max=10.0)
+    config.rewards.cosine.update(value_wrong_at_0=0.0, value_wrong_at_max=0.0)
+  if variant == 'debug':
+    config.pretrain.steps = 60
+    config.rl.steps = 6
+    config.rl.prompts_per_step = 8
+    config.rl.eval_every = 3
+    config.evaluation.num_examples = 64
+    config.log.every = 1
+  config.lock()
+  return config
+
+
+def tiny():
+  """A nano decoder tracks a ball in 32 tokens; passes and fillers may fill them."""
+  config = common.base('cosine')
+  config.phases = ('pretrain', 'rl')
+  config.models.policy = common.model('nano')
+  config.tokenizer = common.tokenizer('sentencepiece')
+  config.tokenizer.model_type = 'char'
+  config.tokenizer.byte_fallback = False
+  config.task = common.shuffled_objects(num_swaps=12)
+  config.task.wait_probability = 0.5
+  config.task.trace_filler_probability = 0.2
+  config.prompt = common.prompt('plain')
+  config.prompt.add_bos = True
+  config.prompt.max_length = 16
+  config.rewards = common.rewards(cosine=1.0, repetition=1.0, accuracy=0.0)
+  config.rewards.accuracy.require_stop = True
+  config.rewards.cosine.require_stop = True
+  config.rewards.cosine.margin = 0
+  config.rewards.repetition.ngram = 4
+
+  config.pretrain = common.supervised(learning_rate=3e-3)
+  config.pretrain.steps = 1000
+  config.pretrain.row_length = 96
+  config.pretrain.rows_per_batch = 16
+  config.pretrain.optim.schedule = 'cosine'
+  config.pretrain.optim.warmup_steps = 50
+  config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
+
+  config.rl = common.reinforce('grpo', learning_rate=3e-4)
+  config.rl.steps = 100
+  config.rl.row_length = 64
+  config.rl.rows_per_batch = 16
+  config.rl.env.max_completion_length = WINDOW
+
+  config.evaluation = common.evaluation()
+  config.evaluation.env.max_completion_length = WINDOW
+  return config

@@ -1,0 +1,135 @@
+"""s1 (arXiv 2501.19393): budget forcing at test time, and the controls it is compared with.
+
+  python -m reasonrl.main --config=configs/s1.py              a tiny model that may start over
+  python -m reasonrl.main --config=configs/s1.py:token        trained to keep to a number of tokens
+  python -m reasonrl.main --config=configs/s1.py:step         to a number of steps
+  python -m reasonrl.main --config=configs/s1.py:smollm2      SmolLM2-135M-Instruct, evaluation only
+  python -m reasonrl.main --config=configs/s1.py:debug        the first, short
+"""
+
+from reasonrl.configs import common
+
+VARIANTS = {
+  '': 'tiny model from scratch; budget forcing and rejection sampling when it is evaluated',
+  'token': 'its own right solutions, labelled with their tokens of thinking, are learned',
+  'step': 'the same with their steps',
+  'smollm2': 'SmolLM2-135M-Instruct on sums, evaluation only',
+  'debug': 'the first in half a minute, too short to learn much',
+}
+
+
+def get_config(arg=''):
+  """The experiment; `arg` is a key of VARIANTS."""
+  variant = common.parse(arg, VARIANTS)
+  config = smollm2() if variant == 'smollm2' else tiny()
+  if variant == 'token':
+    conditional(config, 'think_tokens', 'target', (2, 4, 8, 16, 32))
+  if variant == 'step':
+    conditional(config, 'steps', 'steps', (1, 2, 4))
+  if variant == 'debug':
+    config.pretrain.steps = 60
+    config.evaluation.num_examples = 64
+    config.log.every = 10
+  config.lock()
+  return config
+
+
+def tiny():
+  """A nano decoder tracks a ball: in steps of four swaps, and where it starts over, finer ones."""
+  config = common.base('s1')
+  config.phases = ('pretrain',)
+  config.models.policy = common.model('nano')
+  config.tokenizer = common.tokenizer('sentencepiece')
+  config.tokenizer.model_type = 'char'
+  config.tokenizer.byte_fallback = False
+  config.task = common.shuffled_objects(num_swaps=12)
+  # A coarse pass; behind it every second time 'Wait' and a finer one. The last has the answer.
+  config.task.strides = (4, 2, 1)
+  config.task.stride_weights = (1.0, 0.0, 0.0)
+  config.task.wait_probability = 0.5
+  config.task.trace_filler_probability = 0.0
+  config.prompt = common.prompt('plain')
+  config.prompt.add_bos = True
+  config.prompt.max_length = 16
+  config.rewards = common.rewards(accuracy=1.0)
+
+  config.pretrain = common.supervised(learning_rate=3e-3)
+  config.pretrain.steps = 2000
+  config.pretrain.row_length = 96
+  config.pretrain.rows_per_batch = 16
+  config.pretrain.optim.schedule = 'cosine'
+  config.pretrain.optim.warmup_steps = 50
+  config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
+
+  config.evaluation = common.evaluation()
+  config.evaluation.env.max_completion_length = 80
+  config.evaluation.env.num_generations = 16  # for the vote
+  config.evaluation.env.controls = common.controls('think_budget')
+  config.evaluation.budgets = common.budgets('max_think', 'ignores', 'rejection')
+  config.evaluation.budgets.max_think.numbers = (2, 4, 8, 16, 32)
+  config.evaluation.budgets.ignores.numbers = (0, 1, 2, 4)
+  config.evaluation.budgets.rejection.numbers = (2, 4, 8, 16, 32)
+  return config
+
+
+def conditional(config, unit: str, method: str, numbers):
+  """The model learns its own right solutions, labelled with how long they think."""
+  template = '={n}'  # in few characters
+  config.phases = ('pretrain', 'collect', 'sft')
+  config.prompt.max_length = 24
+  config.collect = common.collect('expert_iteration')
+  config.collect.steps = 4
+  config.collect.env.max_completion_length = 48
+  config.sft = common.supervised(learning_rate=1e-3)
+  config.sft.task = common.collected('collect')
+  config.sft.augmentations = common.augmentations('length_label')
+  config.sft.augmentations.length_label.update(unit=unit, separator='Wait', template=template)
+  config.sft.steps = 400
+  config.sft.row_length = 96
+  config.sft.rows_per_batch = 16
+  config.evaluation.budgets = common.budgets(method)
+  section = config.evaluation.budgets[method]
+  section.update(numbers=numbers, template=template)
+  section.unit_tokens = 1 if method == 'target' else 8
+
+
+def smollm2():
+  """Budget forcing on a pretrained model that was never trained to start over."""
+  config = common.base('s1')
+  config.phases = ('evaluate',)
+  config.models.policy = common.model('smollm2_135m')
+  config.models.policy.weights = 'smollm2-135m-instruct'
+  config.models.policy.compute_dtype = 'bfloat16'
+  config.tokenizer = common.tokenizer('gguf')
+  config.tokenizer.path = 'smollm2-135m-instruct'
+  config.task = common.arithmetic()
+  config.task.max_terms = 3
+  config.task.min_terms = 3
+  config.task.max_value = 99
+  config.task.operations = ('+',)
+  config.prompt = common.prompt('chat')
+  config.prompt.system = FEW_SHOT
+  config.prompt.prefill = '<think>'
+  config.prompt.max_length = 224
+  config.rewards = common.rewards(accuracy=1.0)
+  config.evaluate = common.evaluate()
+
+  config.evaluation = common.evaluation()
+  config.evaluation.num_examples = 256
+  config.evaluation.env.max_completion_length = 96
+  config.evaluation.env.slots = 64
+  config.evaluation.env.controls = common.controls('think_budget')
+  config.evaluation.budgets = common.budgets('max_think', 'ignores', 'rejection', 'class')
+  config.evaluation.budgets.max_think.numbers = (4, 8, 16, 32, 64)
+  config.evaluation.budgets.ignores.numbers = (0, 1, 2)
+  config.evaluation.budgets.rejection.numbers = (16, 32)
+  return config
+
+
+# Two worked examples show the format; a 135M model does not follow a description of it.
+FEW_SHOT = """What is 12 + 25 + 4?
+<think>12 + 25 = 37
+37 + 4 = 41</think><answer>41</answer>
+What is three plus four plus ten?
+<think>3 + 4 = 7
+7 + 10 = 17</think><answer>17</answer>"""
