@@ -105,6 +105,33 @@ def model(size: str) -> ConfigDict:
   return ConfigDict({**_llama(), **_SIZES[size]})
 
 
+# Two worked examples show the format; a 135M model does not follow a description of it.
+_TWO_SUMS = """What is three plus four?
+<think>3 + 4 = 7</think><answer>7</answer>
+What is 12 + 25?
+<think>12 + 25 = 37</think><answer>37</answer>"""
+
+
+def smollm2_sums(name: str) -> ConfigDict:
+  """`base` with SmolLM2-135M-Instruct and sums of two numbers up to 99, in digits or words."""
+  config = base(name)
+  config.models.policy = model('smollm2_135m')
+  config.models.policy.weights = 'smollm2-135m-instruct'
+  config.models.policy.compute_dtype = 'bfloat16'
+  config.tokenizer = tokenizer('gguf')
+  config.tokenizer.path = 'smollm2-135m-instruct'
+  config.task = arithmetic()
+  config.task.max_terms = 2
+  config.task.operations = ('+',)
+  config.prompt = prompt('chat')
+  config.prompt.system = _TWO_SUMS
+  config.prompt.prefill = '<think>'
+  config.prompt.max_length = 112
+  config.log.every = 1  # steps take half a minute
+  config.checkpoint.save_every = 5
+  return config
+
+
 # ------------------------------------------------------------------------------------ text
 
 

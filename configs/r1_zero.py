@@ -20,13 +20,6 @@ VARIANTS = {
   'smollm2': 'SmolLM2-135M-Instruct learns sums',
 }
 
-# Two worked examples show the format; a 135M model does not follow a description of it.
-FEW_SHOT = """What is three plus four?
-<think>3 + 4 = 7</think><answer>7</answer>
-What is 12 + 25?
-<think>12 + 25 = 37</think><answer>37</answer>"""
-
-
 def get_config(arg=''):
   """The experiment; `arg` is a key of VARIANTS."""
   variant = common.parse(arg, VARIANTS)
@@ -79,21 +72,8 @@ def tiny():
 
 def smollm2():
   """The pretrained model learns to add: two numbers up to 99, in digits or words."""
-  config = common.base('r1_zero')
+  config = common.smollm2_sums('r1_zero')
   config.phases = ('rl',)
-  config.models.policy = common.model('smollm2_135m')
-  config.models.policy.weights = 'smollm2-135m-instruct'
-  config.models.policy.compute_dtype = 'bfloat16'
-  config.tokenizer = common.tokenizer('gguf')
-  config.tokenizer.path = 'smollm2-135m-instruct'
-  config.task = common.arithmetic()
-  config.task.max_terms = 2
-  config.task.max_value = 99
-  config.task.operations = ('+',)
-  config.prompt = common.prompt('chat')
-  config.prompt.system = FEW_SHOT
-  config.prompt.prefill = '<think>'
-  config.prompt.max_length = 112
   config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
 
   config.rl = common.reinforce('grpo', learning_rate=1e-5)
@@ -108,6 +88,4 @@ def smollm2():
   config.evaluation.num_examples = 512
   config.evaluation.env.max_completion_length = 32
   config.evaluation.env.slots = 64
-  config.log.every = 1
-  config.checkpoint.save_every = 5  # a step takes half a minute
   return config

@@ -95,41 +95,19 @@ def conditional(config, unit: str, method: str, numbers):
 
 def smollm2():
   """Budget forcing on a pretrained model that was never trained to start over."""
-  config = common.base('s1')
+  config = common.smollm2_sums('s1')
   config.phases = ('evaluate',)
-  config.models.policy = common.model('smollm2_135m')
-  config.models.policy.weights = 'smollm2-135m-instruct'
-  config.models.policy.compute_dtype = 'bfloat16'
-  config.tokenizer = common.tokenizer('gguf')
-  config.tokenizer.path = 'smollm2-135m-instruct'
-  config.task = common.arithmetic()
-  config.task.max_terms = 3
-  config.task.min_terms = 3
-  config.task.max_value = 99
-  config.task.operations = ('+',)
-  config.prompt = common.prompt('chat')
-  config.prompt.system = FEW_SHOT
-  config.prompt.prefill = '<think>'
-  config.prompt.max_length = 224
   config.rewards = common.rewards(accuracy=1.0)
   config.evaluate = common.evaluate()
 
   config.evaluation = common.evaluation()
   config.evaluation.num_examples = 256
-  config.evaluation.env.max_completion_length = 96
+  config.evaluation.env.max_completion_length = 64
   config.evaluation.env.slots = 64
   config.evaluation.env.controls = common.controls('think_budget')
   config.evaluation.budgets = common.budgets('max_think', 'ignores', 'rejection', 'class')
-  config.evaluation.budgets.max_think.numbers = (4, 8, 16, 32, 64)
-  config.evaluation.budgets.ignores.numbers = (0, 1, 2)
-  config.evaluation.budgets.rejection.numbers = (16, 32)
+  config.evaluation.budgets.max_think.numbers = (2, 4, 8, 16, 32)
+  config.evaluation.budgets.ignores.numbers = (0, 1, 2, 4)
+  config.evaluation.budgets.rejection.numbers = (4, 8, 16)
+  config.evaluation.budgets.rejection.retries = 4
   return config
-
-
-# Two worked examples show the format; a 135M model does not follow a description of it.
-FEW_SHOT = """What is 12 + 25 + 4?
-<think>12 + 25 = 37
-37 + 4 = 41</think><answer>41</answer>
-What is three plus four plus ten?
-<think>3 + 4 = 7
-7 + 10 = 17</think><answer>17</answer>"""

@@ -182,22 +182,11 @@ def grpo(config):
 
 # ------------------------------------------------------------------------------------ real models
 
-# Worked examples: a 135M model does not follow a description of the format.
-FEW_SHOT = """What is three plus four?
-<think>3 + 4 = 7</think><answer>7</answer>
-What is 12 + 25?
-<think>12 + 25 = 37</think><answer>37</answer>"""
-
 
 def pretrained():
   """SmolLM2-135M-Instruct, from its given weights in every iteration."""
-  config = common.base('star')
+  config = common.smollm2_sums('star')
   config.phases = (('collect', 'sft', 2),)
-  config.models.policy = common.model('smollm2_135m')
-  config.models.policy.weights = 'smollm2-135m-instruct'
-  config.models.policy.compute_dtype = 'bfloat16'
-  config.tokenizer = common.tokenizer('gguf')
-  config.tokenizer.path = 'smollm2-135m-instruct'
   config.collect = common.collect('star')
   config.collect.steps = 3
   config.collect.prompts_per_step = 128
@@ -210,7 +199,6 @@ def pretrained():
   config.sft.examples_per_step = 32
   config.evaluation = common.evaluation()
   config.evaluation.env.slots = 64
-  config.log.every = 1
   config.checkpoint.save_every = 4
   return config
 
@@ -218,13 +206,6 @@ def pretrained():
 def smollm2():
   """The sums of configs/r1_zero.py:smollm2."""
   config = pretrained()
-  config.task = common.arithmetic()
-  config.task.max_terms = 2
-  config.task.max_value = 99
-  config.task.operations = ('+',)
-  config.prompt = common.prompt('chat')
-  config.prompt.system = FEW_SHOT
-  config.prompt.prefill = '<think>'
   config.prompt.max_length = 120
   config.rewards = common.rewards(accuracy=1.0)
   config.collect.env.max_completion_length = 32

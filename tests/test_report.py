@@ -174,7 +174,7 @@ def test_accuracy_under_budgets_has_a_panel(tmp_path, monkeypatch):
   def sweep(step, tokens):
     row = held_out(step, 'rl', 0.5)
     for n, accuracy in tokens.items():
-      found = {'accuracy': accuracy, 'accuracy_low': accuracy - 0.1, 'accuracy_high': accuracy + 0.1}
+      found = {'accuracy': accuracy, 'accuracy_low': accuracy - 0.1, 'accuracy_high': 1.0}
       found |= {'think_length': n - 0.5, 'completion_length': n + 3}
       row |= {f'eval/max_think/{n}/{name}': value for name, value in found.items()}
     return row | {'eval/max_think/control': 1.0}
