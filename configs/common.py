@@ -588,8 +588,8 @@ def budgets(*names: str) -> ConfigDict:
   evaluation.env.controls.
   """
   fields = {
-    'max_think': {'numbers': (512, 1024, 2048, 4096), 'temperature': 0.0},  # tokens
-    'ignores': {'numbers': (0, 1, 2, 4), 'temperature': 0.0},
+    'max_think': {'numbers': (512, 1024, 2048, 4096), 'temperature': 0.0, 'ignores': 0},  # tokens
+    'ignores': {'numbers': (0, 1, 2, 4), 'temperature': 0.0, 'max_think': 0},
     'target': {  # token-conditional; L1 (arXiv 2503.04697) has its own template, 16 samples at .6
       'numbers': (512, 1024, 2048, 3600),
       'temperature': 0.0,

@@ -3,10 +3,13 @@
 from reasonrl.configs import common
 
 VARIANTS = {
-  '': 'tiny model from scratch: pretrain, LCPO-Exact, then LCPO-Max on top of it',
-  'exact': 'the first two: the response has as many tokens as asked',
-  'max': 'the same as without a name',
-  'debug': 'all three in a minute, too short to learn much',
+  '': 'tiny model from scratch; LCPO-Exact, then LCPO-Max on top of it',
+  'exact': 'without the last phase: the response has as many tokens as asked',
+  'max': 'the same as without a name: at most as many',
+  'effort': 'LCPO-Max with three levels of effort instead of numbers',
+  'additive': 'an ablation: the reward for being short is added, not multiplied',
+  'cold': 'an ablation: LCPO-Exact on a base that has never read a target',
+  'debug': 'all phases in a minute, too short to learn much',
 }
 
 
@@ -15,9 +18,21 @@ def get_config(arg=''):
   variant = common.parse(arg, VARIANTS)
   config = tiny()
   if variant == 'exact':
+    config.phases = ('pretrain', 'collect', 'sft', 'exact')
+  if variant == 'effort':
+    config.phases = ('pretrain', 'collect', 'sft', 'exact', 'effort')
+    config.effort = config['max'].copy_and_resolve_references()
+    config.effort.augmentations = common.augmentations('effort')
+    config.effort.augmentations.effort.update(template='?{level}')
+    config.effort.augmentations.effort.levels = {'low': 8, 'medium': 18, 'high': 30}
+  if variant == 'additive':
+    config.rewards.lcpo.max_form = 'additive'
+  if variant == 'cold':
     config.phases = ('pretrain', 'exact')
   if variant == 'debug':
     config.pretrain.steps = 60
+    config.sft.steps = 10
+    config.collect.steps = 1
     for section in (config.exact, config['max']):
       section.steps = 4
       section.prompts_per_step = 8
@@ -31,32 +46,44 @@ def get_config(arg=''):
 def tiny():
   """A nano decoder that tracks a ball through twelve swaps, in up to forty tokens."""
   config = common.base('lcpo')
-  config.phases = ('pretrain', 'exact', 'max')
+  config.phases = ('pretrain', 'collect', 'sft', 'exact', 'max')
   config.models.policy = common.model('nano')
   config.tokenizer = common.tokenizer('sentencepiece')
   config.tokenizer.model_type = 'char'
   config.tokenizer.byte_fallback = False
   config.task = common.shuffled_objects(num_swaps=12)
   # All lengths are there to be chosen: strides, passes and fillers.
+  config.task.stride_weights = (0.1, 0.1, 0.2, 0.6)
   config.task.wait_probability = 0.5
-  config.task.trace_filler_probability = 0.2
+  config.task.trace_filler_probability = 0.25
   config.task.direct_filler_probability = 0.7
   config.prompt = common.prompt('plain')
   config.prompt.add_bos = True
   config.prompt.max_length = 24
-  # The base has read targets that say nothing about its traces; L1's ignores them as well.
-  config.prompt.augmentations = targets(share_max=0.5)
   config.rewards = common.rewards(lcpo=1.0, accuracy=0.0)
-  config.rewards.lcpo.alpha = 0.03  # 1.2 / 40, as the paper's .0003 for targets up to 4,000
+  config.rewards.lcpo.alpha = 0.1
   config.rewards.lcpo.violation_tokens = 5
 
   config.pretrain = common.supervised(learning_rate=3e-3)
-  config.pretrain.steps = 1000
+  config.pretrain.steps = 1500
   config.pretrain.row_length = 96
   config.pretrain.rows_per_batch = 16
   config.pretrain.optim.schedule = 'cosine'
   config.pretrain.optim.warmup_steps = 50
   config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
+
+  # What a request for tokens means: its own right samples, labelled with their lengths. Also the
+  # baseline that the paper calls supervised.
+  config.collect = common.collect('expert_iteration')
+  config.collect.steps = 6
+  config.collect.env.max_completion_length = 64
+  config.sft = common.supervised(learning_rate=1e-3)
+  config.sft.task = common.collected('collect')
+  config.sft.augmentations = common.augmentations('length_label')
+  config.sft.augmentations.length_label.update(unit='tokens', power_of_two=False, template=EXACT)
+  config.sft.steps = 200
+  config.sft.row_length = 96
+  config.sft.rows_per_batch = 16
 
   config.exact = reinforce(300)
   config.exact.augmentations = targets(share_max=0.0)
@@ -64,23 +91,31 @@ def tiny():
   config['max'].augmentations = targets(share_max=0.5)
 
   config.evaluation = common.evaluation()
-  config.evaluation.env.max_completion_length = 64
+  config.evaluation.augmentations = targets(share_max=0.5)
+  config.evaluation.env.max_completion_length = 96
+  config.evaluation.budgets = common.budgets('target')
+  config.evaluation.budgets.target.numbers = (6, 8, 12, 13, 16, 19, 20, 24, 29, 32, 40, 48, 60)
+  config.evaluation.budgets.target.template = EXACT
   return config
 
 
+EXACT, MAX = '={n}', '<{n}'  # in few characters
+
+
 def targets(share_max: float):
-  """Targets of 6 to 40 tokens, in few characters."""
+  """Even numbers of tokens from 6 to 40."""
   out = common.augmentations('length_target')
   out.length_target.update(min_tokens=6, max_tokens=40, step=2, share_max=share_max)
-  out.length_target.update(template_exact='={n}', template_max='<{n}')
+  out.length_target.update(template_exact=EXACT, template_max=MAX)
   return out
 
 
 def reinforce(steps: int):
+  """GRPO on top of the phase before."""
   section = common.reinforce('grpo', learning_rate=3e-4)
   section.steps = steps
   section.row_length = 96
   section.rows_per_batch = 16
   section.env.max_completion_length = 64
-  section.eval_every = 20
+  section.eval_every = 50
   return section

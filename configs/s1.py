@@ -43,10 +43,11 @@ def tiny():
   config.tokenizer.model_type = 'char'
   config.tokenizer.byte_fallback = False
   config.task = common.shuffled_objects(num_swaps=12)
-  # A coarse pass; behind it every second time 'Wait' and a finer one. The last has the answer.
+  # A coarse pass; behind it often 'Wait' and a finer one, but less often than not: greedy, it says
+  # one. The last pass has the answer.
   config.task.strides = (4, 2, 1)
   config.task.stride_weights = (1.0, 0.0, 0.0)
-  config.task.wait_probability = 0.5
+  config.task.wait_probability = 0.4
   config.task.trace_filler_probability = 0.0
   config.prompt = common.prompt('plain')
   config.prompt.add_bos = True
@@ -67,7 +68,9 @@ def tiny():
   config.evaluation.env.controls = common.controls('think_budget')
   config.evaluation.budgets = common.budgets('max_think', 'ignores', 'rejection')
   config.evaluation.budgets.max_think.numbers = (2, 4, 8, 16, 32)
+  config.evaluation.budgets.max_think.ignores = 2  # so that there is something to cut
   config.evaluation.budgets.ignores.numbers = (0, 1, 2, 4)
+  config.evaluation.budgets.ignores.max_think = 32
   config.evaluation.budgets.rejection.numbers = (2, 4, 8, 16, 32)
   return config
 
@@ -97,6 +100,7 @@ def smollm2():
   """Budget forcing on a pretrained model that was never trained to start over."""
   config = common.smollm2_sums('s1')
   config.phases = ('evaluate',)
+  config.prompt.max_length = 160  # class-conditional control is two sentences
   config.rewards = common.rewards(accuracy=1.0)
   config.evaluate = common.evaluate()
 

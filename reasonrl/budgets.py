@@ -39,13 +39,14 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forced:
-  """Budget forcing: `NUMBER` of evaluation.env.controls.think_budget is set to each of `numbers`.
+  """Budget forcing: a number of evaluation.env.controls.think_budget is each of `numbers`.
 
   Raises:
     UserError: a number is out of range; the environment has no think_budget with its strings.
   """
 
-  NUMBER: ClassVar[str]
+  VARIES: ClassVar[str]
+  FIXED: ClassVar[str]
   LEAST: ClassVar[int]
 
   numbers: tuple[int, ...]
@@ -57,22 +58,28 @@ class Forced:
   def settings(self, env, added: tuple) -> list[Setting]:
     found = []
     for n in self.numbers:
-      forced = force(drawn(env, self.temperature), **{self.NUMBER: n})
-      most = forced.controls['think_budget']['max_think'] or math.inf
-      found.append(Setting(str(n), forced, added, most, math.nan))
+      both = {self.VARIES: n, self.FIXED: getattr(self, self.FIXED)}
+      forced = force(drawn(env, self.temperature), **both)
+      found.append(Setting(str(n), forced, added, both['max_think'] or math.inf, math.nan))
     return found
 
 
+@dataclasses.dataclass(frozen=True)
 class MaxThink(Forced):
-  """Thinking ends at so many tokens."""
+  """Thinking ends at so many tokens; an end before that is replaced `ignores` times."""
 
-  NUMBER, LEAST = 'max_think', 1
+  VARIES, FIXED, LEAST = 'max_think', 'ignores', 1
+
+  ignores: int
 
 
+@dataclasses.dataclass(frozen=True)
 class Ignores(Forced):
-  """The end of thinking is replaced so many times."""
+  """The end of thinking is replaced so many times, within `max_think` tokens; 0: any number."""
 
-  NUMBER, LEAST = 'ignores', 0
+  VARIES, FIXED, LEAST = 'ignores', 'max_think', 0
+
+  max_think: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,8 +58,10 @@ def test_budget_forcing_sets_one_number_and_keeps_the_rest():
   found = method('ignores', numbers=(0, 2), temperature=0.6).settings(env, ())
   assert [budget(s.env)['ignores'] for s in found] == [0, 2]
   assert [s.most for s in found] == [math.inf] * 2 and found[0].env.temperature == 0.6
-  bounded = budgets.force(env, max_think=9)
-  assert [s.most for s in method('ignores', numbers=(0, 2)).settings(bounded, ())] == [9, 9]
+  found = method('ignores', numbers=(0, 2), max_think=9).settings(env, ())
+  assert [(s.most, budget(s.env)['max_think']) for s in found] == [(9, 9)] * 2
+  (s,) = method('max_think', numbers=(9,), ignores=3).settings(env, ())
+  assert (s.most, budget(s.env)['ignores']) == (9, 3)
   with pytest.raises(records.UserError, match="needs 'think_budget' in evaluation.env.controls"):
     method('max_think').settings(environment(controls={}), ())
 

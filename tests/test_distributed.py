@@ -45,6 +45,8 @@ def get_config(arg=''):
   config.sft.task = common.collected('collect')
   config.evaluation.num_examples = 16
   config.evaluation.env.max_completion_length = 24
+  config.evaluation.budgets = common.budgets('rejection')
+  config.evaluation.budgets.rejection.update(numbers=(1, 3), retries=2)
   config.log.every = 100
   return config.lock()
 """
@@ -139,6 +141,12 @@ def test_two_processes_collect_as_one(tmp_path):
     for run in (one, two)
   ]
   assert counts[0][:2] == counts[1][:2] and len(counts[0]) == 4
+  swept = [
+    {name: value for row in rows(run) for name, value in row.items() if 'eval/rejection/' in name}
+    for run in (one, two)
+  ]
+  assert 0 < swept[0]['eval/rejection/1/failed'] < 1  # what is sampled again is of both processes
+  assert swept[1] == pytest.approx(swept[0], rel=1e-3, abs=1e-4)
   both = zip(*(jax.tree.leaves(params(run, 'sft-0')) for run in (one, two)), strict=True)
   assert all(np.allclose(x, y, atol=1e-3) for x, y in both)
 
