@@ -587,23 +587,24 @@ def budgets(*names: str) -> ConfigDict:
   Strings and values are those of s1 (arXiv 2501.19393). Budget forcing needs the think_budget of
   evaluation.env.controls.
   """
+  # Token-conditional; L1 (arXiv 2503.04697) has a template of its own, 16 samples at .6.
+  target = {
+    'numbers': (512, 1024, 2048, 3600),
+    'temperature': 0.0,
+    'template': '\n\nThink for up to {n} tokens.',
+    'unit_tokens': 1,
+    'forced': False,  # with budget forcing at that number
+  }
+  # Step-conditional; s1 states no template.
+  steps = {**target, 'numbers': (16, 32, 64, 128), 'template': '\n\nThink for up to {n} steps.'}
+  steps['unit_tokens'] = 100
   fields = {
     'max_think': {'numbers': (512, 1024, 2048, 4096), 'temperature': 0.0, 'ignores': 0},  # tokens
     'ignores': {'numbers': (0, 1, 2, 4), 'temperature': 0.0, 'max_think': 0},
-    'target': {  # token-conditional; L1 (arXiv 2503.04697) has its own template, 16 samples at .6
-      'numbers': (512, 1024, 2048, 3600),
-      'temperature': 0.0,
-      'template': '\n\nThink for up to {n} tokens.',
-      'unit_tokens': 1,
-      'forced': False,  # with budget forcing at that number
-    },
-    'steps': {  # step-conditional; its template is not stated
-      'numbers': (16, 32, 64, 128),
-      'temperature': 0.0,
-      'template': '\n\nThink for up to {n} steps.',
-      'unit_tokens': 100,
-      'forced': False,
-    },
+    'target': target,
+    'target_forced': {**target, 'forced': True},
+    'steps': steps,
+    'steps_forced': {**steps, 'forced': True},
     'class': {
       'temperature': 0.0,
       'short': ' Answer after a short amount of thinking. Do not spend excessive time '

@@ -90,10 +90,10 @@ def conditional(config, unit: str, method: str, numbers):
   config.sft.steps = 400
   config.sft.row_length = 96
   config.sft.rows_per_batch = 16
-  config.evaluation.budgets = common.budgets(method)
-  section = config.evaluation.budgets[method]
-  section.update(numbers=numbers, template=template)
-  section.unit_tokens = 1 if method == 'target' else 8
+  config.evaluation.budgets = common.budgets(method, f'{method}_forced')
+  for section in config.evaluation.budgets.values():
+    section.update(numbers=numbers, template=template)
+    section.unit_tokens = 1 if method == 'target' else 8
 
 
 def smollm2():

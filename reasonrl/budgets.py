@@ -155,7 +155,9 @@ BUDGETS = {
   'max_think': MaxThink,
   'ignores': Ignores,
   'target': Asked,
+  'target_forced': Asked,
   'steps': Asked,
+  'steps_forced': Asked,
   'class': Class,
   'rejection': Rejection,
 }

@@ -1,0 +1,169 @@
+"""Sweeps of thinking budgets over seeds: accuracy against tokens, and how well budgets are kept.
+
+  python experiments/budget_curves.py --runs=runs/s1 --to=experiments/s1_shuffled_objects \
+    --curves=base:pretrain:ignores,base:pretrain:rejection
+
+The folder of a run is called <variant>-<seed>, as a sweep names it; a curve is
+variant:phase:method, the phase's last evaluation. Writes into --to:
+
+    budgets.jsonl  every metric of every setting: one row for each variant, seed, phase, setting
+    budgets.png    accuracy against mean tokens of thinking; and, where lengths were asked for, the
+                   tokens of the response against them. Means over seeds and their 95 % intervals
+    budgets.md     tables: the settings of every curve; Control, Scaling and Performance
+
+An interval is that of the mean of n seeds, mean +- t(.975, n - 1) sd / sqrt(n).
+"""
+
+import itertools
+import json
+import math
+import pathlib
+from typing import Any
+
+import matplotlib.figure
+from absl import flags
+
+from reasonrl import budgets, command_line, records
+from reasonrl.experiments import seeds
+
+WHOLE = ('control', 'scaling', 'performance')
+COLUMNS = (  # title, metric, digits
+  ('accuracy', 'accuracy', 3),
+  ('thinking', 'think_length', 1),
+  ('response', 'completion_length', 1),
+  ('within', 'within', 2),
+  ('truncated', 'truncated', 2),
+  ('off by', 'mean_abs_error', 3),
+  ('within 10 %', 'within_10', 2),
+  ('failed', 'failed', 2),
+)
+
+
+def collect(runs) -> list[dict[str, Any]]:
+  """One row for each variant, seed, phase, method and setting; 'all' has those of WHOLE."""
+  found = []
+  for variant, of_seed in runs.items():
+    for seed, rows in of_seed.items():
+      swept = {}  # the last evaluation of a phase
+      for row in rows:
+        for name in budgets.BUDGETS:
+          if f'eval/{name}/control' in row:
+            swept[row['phase'], name] = row
+      for (phase, name), row in swept.items():
+        place = {'variant': variant, 'seed': int(seed), 'phase': phase, 'method': name}
+        for setting, metrics in budgets.by_setting(row, name).items():
+          found.append({**place, 'setting': setting, **metrics})
+        whole = {metric: row[f'eval/{name}/{metric}'] for metric in WHOLE}
+        found.append({**place, 'setting': 'all', **whole})
+  return found
+
+
+def curve(rows, name: str) -> dict[str, dict[str, tuple[float, float]]]:
+  """Setting -> metric -> mean over seeds and half width of its interval, of variant:phase:method.
+
+  Raises:
+    UserError: there is no such curve.
+  """
+  chosen = [row for row in rows if name == f'{row["variant"]}:{row["phase"]}:{row["method"]}']
+  if not chosen:
+    there = dict.fromkeys(f'{row["variant"]}:{row["phase"]}:{row["method"]}' for row in rows)
+    raise records.UserError(f'--curves: {name!r} is not one of {", ".join(there) or "none"}')
+  out = {}
+  for row in chosen:
+    for metric, value in row.items():
+      if isinstance(value, int | float) and metric != 'seed':
+        out.setdefault(row['setting'], {}).setdefault(metric, []).append(value)
+  return {
+    setting: {metric: seeds.interval(values) for metric, values in metrics.items()}
+    for setting, metrics in out.items()
+  }
+
+
+def draw(curves, path: pathlib.Path) -> None:
+  asked = {
+    name: settings
+    for name, settings in curves.items()
+    if name.endswith(':target') or name.endswith(':target_forced')
+  }
+  figure = matplotlib.figure.Figure(figsize=(6.2 * (1 + bool(asked)), 4.4), dpi=110)
+  axes = figure.subplots(1, 1 + bool(asked), squeeze=False)[0]
+  colours = dict(zip(curves, itertools.cycle(seeds.COLOURS), strict=False))
+  for name, settings in curves.items():
+    points = [found for setting, found in settings.items() if setting != 'all']
+    points.sort(key=lambda found: found['think_length'][0])
+    tokens, accuracy = ([found[key] for found in points] for key in ('think_length', 'accuracy'))
+    _line(axes[0], [m for m, _ in tokens], accuracy, colours[name], name)
+  axes[0].set_title('Accuracy', loc='left', fontsize=11)
+  axes[0].set_xlabel('mean tokens of thinking')
+  axes[0].set_ylim(-0.02, 1.02)
+  for name, settings in asked.items():
+    numbers = sorted(int(setting) for setting in settings if setting != 'all')
+    said = [settings[str(n)]['completion_length'] for n in numbers]
+    _line(axes[1], numbers, said, colours[name], name)
+  if asked:
+    axes[1].axline((0, 0), slope=1, color='#999999', lw=1, ls=':')
+    axes[1].set_title('Tokens of the response', loc='left', fontsize=11)
+    axes[1].set_xlabel('tokens asked for')
+    axes[1].set_ylim(0)
+  for axis in axes:
+    axis.grid(alpha=0.25)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+  figure.tight_layout()
+  figure.savefig(path)
+
+
+def _line(axis, x, values, colour, label) -> None:
+  """Means with their intervals, where there are several seeds."""
+  bars = [half for _, half in values]
+  bars = None if any(map(math.isnan, bars)) else bars
+  means = [mean for mean, _ in values]
+  axis.errorbar(x, means, bars, fmt='o-', color=colour, ms=4, lw=1.2, capsize=2, label=label)
+
+
+def tables(curves) -> str:
+  """Markdown: Control, Scaling and Performance of every curve; then the settings of each."""
+  lines = [
+    '| curve | Control | Scaling, points per 1,000 tokens | Performance |',
+    '|---|---|---|---|',
+  ]
+  for name, settings in curves.items():
+    whole = settings['all']
+    cells = [
+      _cell(whole.get(metric), digits) for metric, digits in zip(WHOLE, (2, 0, 3), strict=True)
+    ]
+    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+  for name, settings in curves.items():
+    points = {setting: found for setting, found in settings.items() if setting != 'all'}
+    columns = [c for c in COLUMNS if any(c[1] in found for found in points.values())]
+    lines += ['', f'| {name} | ' + ' | '.join(title for title, _, _ in columns) + ' |']
+    lines.append('|' + '---|' * (1 + len(columns)))
+    for setting, found in points.items():
+      cells = [_cell(found.get(metric), digits) for _, metric, digits in columns]
+      lines.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n'
+
+
+def _cell(value: tuple[float, float] | None, digits: int) -> str:
+  if value is None:
+    return ''
+  mean, half = value
+  return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
+
+
+def main(_) -> None:
+  values, to = flags.FLAGS, pathlib.Path(flags.FLAGS.to)
+  rows = collect(seeds.load(pathlib.Path(values.runs)))
+  curves = {name: curve(rows, name) for name in values.curves}
+  with open(to / 'budgets.jsonl', 'w', encoding='utf-8') as out:
+    out.writelines(json.dumps(row) + '\n' for row in rows)
+  draw(curves, to / 'budgets.png')
+  (to / 'budgets.md').write_text(tables(curves), encoding='utf-8')
+  print(tables(curves))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('runs', '', 'Folder of the runs.')  # here: other programs have a --to as well
+  flags.DEFINE_string('to', '', 'Folder to write to.')
+  flags.DEFINE_list('curves', [], 'variant:phase:method, in the order in which they are shown.')
+  command_line.guarded(main, flags.FLAGS, '')
