@@ -603,6 +603,7 @@ def budgets(*names: str) -> ConfigDict:
     'ignores': {'numbers': (0, 1, 2, 4), 'temperature': 0.0, 'max_think': 0},
     'target': target,
     'target_forced': {**target, 'forced': True},
+    'at_most': {**target, 'template': ' Think for maximum {n} tokens.'},  # L1-Max
     'steps': steps,
     'steps_forced': {**steps, 'forced': True},
     'class': {

@@ -9,6 +9,7 @@ VARIANTS = {
   'effort': 'LCPO-Max with three levels of effort instead of numbers',
   'additive': 'an ablation: the reward for being short is added, not multiplied',
   'cold': 'an ablation: LCPO-Exact on a base that has never read a target',
+  'base': 'the base alone, cut off by budget forcing',
   'debug': 'all phases in a minute, too short to learn much',
 }
 
@@ -29,6 +30,14 @@ def get_config(arg=''):
     config.rewards.lcpo.max_form = 'additive'
   if variant == 'cold':
     config.phases = ('pretrain', 'exact')
+  if variant == 'base':
+    config.phases = ('pretrain',)
+    config.evaluation.augmentations = {}
+    config.evaluation.env.controls = common.controls('think_budget')
+    config.evaluation.budgets = common.budgets('max_think')
+    config.evaluation.budgets.max_think.temperature = 0.6
+    # With <think>, </think>, <answer>, a cup, </answer> and EOS they are 8, 12, ... tokens.
+    config.evaluation.budgets.max_think.numbers = (2, 6, 10, 14, 18, 26, 34)
   if variant == 'debug':
     config.pretrain.steps = 60
     config.sft.steps = 10
@@ -75,27 +84,31 @@ def tiny():
   # What a request for tokens means: its own right samples, labelled with their lengths. Also the
   # baseline that the paper calls supervised.
   config.collect = common.collect('expert_iteration')
-  config.collect.steps = 6
+  config.collect.steps = 8
   config.collect.env.max_completion_length = 64
-  config.sft = common.supervised(learning_rate=1e-3)
+  config.sft = common.supervised(learning_rate=2e-3)
   config.sft.task = common.collected('collect')
   config.sft.augmentations = common.augmentations('length_label')
   config.sft.augmentations.length_label.update(unit='tokens', power_of_two=False, template=EXACT)
-  config.sft.steps = 200
+  config.sft.steps = 500
+  config.sft.optim.schedule = 'cosine'
   config.sft.row_length = 96
   config.sft.rows_per_batch = 16
 
-  config.exact = reinforce(300)
+  config.exact = reinforce(400)
   config.exact.augmentations = targets(share_max=0.0)
-  config['max'] = reinforce(60)
+  config['max'] = reinforce(100)
   config['max'].augmentations = targets(share_max=0.5)
 
   config.evaluation = common.evaluation()
   config.evaluation.augmentations = targets(share_max=0.5)
   config.evaluation.env.max_completion_length = 96
-  config.evaluation.budgets = common.budgets('target')
-  config.evaluation.budgets.target.numbers = (6, 8, 12, 13, 16, 19, 20, 24, 29, 32, 40, 48, 60)
-  config.evaluation.budgets.target.template = EXACT
+  config.evaluation.budgets = common.budgets('target', 'at_most')
+  numbers = (6, 8, 11, 12, 16, 17, 20, 23, 24, 29, 32, 35, 40, 48, 60)  # odd ones are never trained
+  config.evaluation.budgets.target.update(numbers=numbers, template=EXACT)
+  config.evaluation.budgets.at_most.update(numbers=(8, 12, 16, 20, 24, 32, 40), template=MAX)
+  for section in config.evaluation.budgets.values():
+    section.temperature = 0.6  # the paper's
   return config
 
 
@@ -112,7 +125,7 @@ def targets(share_max: float):
 
 def reinforce(steps: int):
   """GRPO on top of the phase before."""
-  section = common.reinforce('grpo', learning_rate=3e-4)
+  section = common.reinforce('grpo', learning_rate=5e-4)
   section.steps = steps
   section.row_length = 96
   section.rows_per_batch = 16

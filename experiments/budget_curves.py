@@ -35,6 +35,7 @@ COLUMNS = (  # title, metric, digits
   ('truncated', 'truncated', 2),
   ('off by', 'mean_abs_error', 3),
   ('within 10 %', 'within_10', 2),
+  ('over', 'over', 2),
   ('failed', 'failed', 2),
 )
 
@@ -83,7 +84,7 @@ def draw(curves, path: pathlib.Path) -> None:
   asked = {
     name: settings
     for name, settings in curves.items()
-    if name.endswith(':target') or name.endswith(':target_forced')
+    if name.endswith((':target', ':at_most', ':target_forced'))
   }
   figure = matplotlib.figure.Figure(figsize=(6.2 * (1 + bool(asked)), 4.4), dpi=110)
   axes = figure.subplots(1, 1 + bool(asked), squeeze=False)[0]

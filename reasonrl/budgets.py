@@ -7,7 +7,8 @@
    settings, of which the mean thinking tokens are one number each.
 
     max_think, ignores    budget forcing: thinking is cut off, or made to go on
-    target, steps, class  the prompt asks for it: token-, step- and class-conditional control
+    target, at_most,      the prompt asks for it: token-, step- and class-conditional control;
+    steps, class          '..._forced': and budget forcing sees to it
     rejection             samples until thinking is short enough
 """
 
@@ -156,6 +157,7 @@ BUDGETS = {
   'ignores': Ignores,
   'target': Asked,
   'target_forced': Asked,
+  'at_most': Asked,
   'steps': Asked,
   'steps_forced': Asked,
   'class': Class,
@@ -207,7 +209,7 @@ def sweep(method, env, added: tuple, problems: int, roll: Roll) -> dict[str, flo
     truncated                               share cut off at the cap
     within                                  share of responses that keep to the thinking allowed
     mean_error, mean_abs_error, rms_error,
-    within_10                               of the whole response, where a length was asked for
+    within_10, over                         of the whole response, where a length was asked for
     failed                                  share of problems without a sample that was accepted
 
   Of the sweep:
@@ -266,4 +268,5 @@ def _describe(setting: Setting, table, failed_R) -> dict[str, float]:
     row |= errors
     off_R = np.abs(table['completion_length'] - setting.target)
     row['within_10'] = float(np.mean(10 * off_R <= setting.target))
+    row['over'] = stats.violations(table['completion_length'], setting.target, 0)['one_sided']
   return row

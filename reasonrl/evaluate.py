@@ -120,7 +120,7 @@ def sweep_table(row: dict, name: str) -> rich.table.Table:
   settings = budgets.by_setting(row, name)
   columns = {'accuracy': 'accuracy', 'think_length': 'thinking', 'completion_length': 'response'}
   columns |= {'within': 'within', 'truncated': 'truncated', 'mean_abs_error': 'off by'}
-  columns |= {'within_10': 'within 10 %', 'failed': 'failed'}
+  columns |= {'within_10': 'within 10 %', 'over': 'over', 'failed': 'failed'}
   columns = {k: v for k, v in columns.items() if any(k in found for found in settings.values())}
   control, scaling, best = (row[f'eval/{name}/{x}'] for x in ('control', 'scaling', 'performance'))
   slope = 'none' if scaling is None else f'{scaling:.3g} points per 1,000 tokens'

@@ -139,6 +139,7 @@ def test_lengths_against_what_was_asked():
   assert found['100/mean_error'] == 0 and found['100/mean_abs_error'] == pytest.approx(0.1)
   assert (found['100/within_10'], found['120/within_10']) == (1.0, 1.0)
   assert found['100/within'] == 0.5 and found['100/truncated'] == 1.0
+  assert found['100/over'] == 0.5
 
 
 def test_class_conditional_control_counts_two_orders():
