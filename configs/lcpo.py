@@ -10,6 +10,7 @@ VARIANTS = {
   'additive': 'an ablation: the reward for being short is added, not multiplied',
   'cold': 'an ablation: LCPO-Exact on a base that has never read a target',
   'base': 'the base alone, cut off by budget forcing',
+  'smollm2': 'SmolLM2-135M-Instruct on sums, LCPO-Exact',
   'debug': 'all phases in a minute, too short to learn much',
 }
 
@@ -17,7 +18,7 @@ VARIANTS = {
 def get_config(arg=''):
   """The experiment; `arg` is a key of VARIANTS."""
   variant = common.parse(arg, VARIANTS)
-  config = tiny()
+  config = smollm2() if variant == 'smollm2' else tiny()
   if variant == 'exact':
     config.phases = ('pretrain', 'collect', 'sft', 'exact')
   if variant == 'effort':
@@ -109,6 +110,36 @@ def tiny():
   config.evaluation.budgets.at_most.update(numbers=(8, 12, 16, 20, 24, 32, 40), template=MAX)
   for section in config.evaluation.budgets.values():
     section.temperature = 0.6  # the paper's
+  return config
+
+
+def smollm2():
+  """Sums of two numbers in 16 to 48 tokens; the natural response has about 20."""
+  config = common.smollm2_sums('lcpo')
+  config.phases = ('exact',)
+  config.prompt.max_length = 128
+  config.rewards = common.rewards(lcpo=1.0, accuracy=0.0)
+  config.rewards.lcpo.alpha = 1.2 / 48
+  config.rewards.lcpo.violation_tokens = 6
+  config.exact = common.reinforce('grpo', learning_rate=1e-5)
+  config.exact.augmentations = common.augmentations('length_target')
+  config.exact.augmentations.length_target.update(min_tokens=16, max_tokens=48, step=4)
+  config.exact.steps = 40
+  config.exact.prompts_per_step = 8
+  config.exact.env.num_generations = 8
+  config.exact.env.max_completion_length = 64
+  config.exact.row_length = 192
+  config.exact.eval_every = 0
+
+  config.evaluation = common.evaluation()
+  config.evaluation.num_examples = 128
+  config.evaluation.augmentations = config.exact.augmentations.copy_and_resolve_references()
+  config.evaluation.env.max_completion_length = 64
+  config.evaluation.env.slots = 64
+  config.evaluation.budgets = common.budgets('target')
+  config.evaluation.budgets.target.numbers = (16, 24, 32, 48)
+  asked = config.exact.augmentations.length_target
+  config.evaluation.budgets.target.update(temperature=0.6, template=asked.template_exact)
   return config
 
 
