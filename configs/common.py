@@ -571,7 +571,7 @@ def evaluation() -> ConfigDict:
       'correct': 'accuracy',  # the reward that means 'right'
       'augmentations': {},  # of its problems; {} = prompt.augmentations
       'budgets': {},  # budgets(...): sweeps of thinking budgets, at the end of every phase
-      'by': '',  # a field of meta by which accuracy is reported too, such as 'digits'
+      'by': '',  # a field of meta by which accuracy and length are reported, such as 'digits'
       'env': single_turn(),
     }
   )

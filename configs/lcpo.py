@@ -11,6 +11,7 @@ VARIANTS = {
   'cold': 'an ablation: LCPO-Exact on a base that has never read a target',
   'base': 'the base alone, cut off by budget forcing',
   'smollm2': 'SmolLM2-135M-Instruct on sums, LCPO-Exact',
+  'math': 'both phases with the numbers of the paper, problems from files',
   'debug': 'all phases in a minute, too short to learn much',
 }
 
@@ -18,7 +19,7 @@ VARIANTS = {
 def get_config(arg=''):
   """The experiment; `arg` is a key of VARIANTS."""
   variant = common.parse(arg, VARIANTS)
-  config = smollm2() if variant == 'smollm2' else tiny()
+  config = {'smollm2': smollm2, 'math': math}.get(variant, tiny)()
   if variant == 'exact':
     config.phases = ('pretrain', 'collect', 'sft', 'exact')
   if variant == 'effort':
@@ -27,6 +28,9 @@ def get_config(arg=''):
     config.effort.augmentations = common.augmentations('effort')
     config.effort.augmentations.effort.update(template='?{level}')
     config.effort.augmentations.effort.levels = {'low': 8, 'medium': 18, 'high': 30}
+    config.evaluation.augmentations = config.effort.augmentations.copy_and_resolve_references()
+    config.evaluation.by = 'effort'
+    config.evaluation.budgets = {}
   if variant == 'additive':
     config.rewards.lcpo.max_form = 'additive'
   if variant == 'cold':
@@ -140,6 +144,42 @@ def smollm2():
   config.evaluation.budgets.target.numbers = (16, 24, 32, 48)
   asked = config.exact.augmentations.length_target
   config.evaluation.budgets.target.update(temperature=0.6, template=asked.template_exact)
+  return config
+
+
+def math():
+  """L1 as published: mathematics with boxed answers, responses of up to 4,000 tokens."""
+  config = common.smollm2_sums('lcpo')  # the paper: DeepScaleR-1.5B-Preview
+  config.phases = ('exact', 'max')
+  config.task = common.jsonl()
+  config.prompt = common.prompt('chat')
+  config.prompt.prefill = '<think>'
+  config.prompt.max_length = 1024
+  config.rewards = common.rewards(lcpo=1.0, accuracy=0.0)
+  for phase, steps, longest, share in (('exact', 700, 4096, 0.0), ('max', 120, 4500, 0.5)):
+    config[phase] = section = common.reinforce('grpo', learning_rate=1e-6)
+    section.steps = steps
+    section.prompts_per_step = 128
+    section.algorithm.update(num_minibatches=2, beta=0.001)
+    section.env.update(max_completion_length=longest, temperature=0.6)
+    section.row_length = 5632
+    section.rows_per_batch = 1
+    section.eval_every = 100
+    section.augmentations = asked = common.augmentations('length_target')
+    before = " Let's think step by step and output the final answer within \\boxed{}. Think for "
+    asked.length_target.share_max = share
+    asked.length_target.template_exact = before + '{n} tokens.'
+    asked.length_target.template_max = before + 'maximum {n} tokens.'
+  config.evaluation = common.evaluation()
+  config.evaluation.num_examples = 512
+  config.evaluation.augmentations = config.exact.augmentations.copy_and_resolve_references()
+  config.evaluation.env.update(max_completion_length=7168, temperature=0.6, top_p=0.95, slots=64)
+  config.evaluation.budgets = common.budgets('target', 'at_most')
+  for name, template in (('target', '{n} tokens.'), ('at_most', 'maximum {n} tokens.')):
+    numbers = (512, 1024, 2048, 3600)
+    config.evaluation.budgets[name].update(numbers=numbers, temperature=0.6)
+    config.evaluation.budgets[name].template = before + template
+  config.models.policy.max_position = 8320
   return config
 
 

@@ -32,6 +32,7 @@ COLOURS = ('#0072b2', '#d55e00', '#009e73', '#8a5a9e', '#6f6f6f', '#e69f00', '#5
 PANELS = (
   ('Accuracy (sampled)', 'accuracy', 'eval/sampled/accuracy', True),
   ('Thinking (tokens)', 'think_length', 'eval/sampled/think_length', False),
+  ('Cut off at the cap', 'truncated', 'eval/sampled/truncated', True),
 )
 TABLE = (
   ('sampled accuracy', 'eval/sampled/accuracy', 3),
@@ -41,6 +42,7 @@ TABLE = (
   ('format, sampled', 'eval/sampled/reward/r1_format', 3),
   ('lenient, sampled', 'eval/sampled/reward/accuracy/lenient', 3),
   ('think length', 'eval/sampled/think_length', 1),
+  ('cut off, sampled', 'eval/sampled/truncated', 3),
 )
 
 

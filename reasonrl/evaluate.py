@@ -136,7 +136,7 @@ def sweep_table(row: dict, name: str) -> rich.table.Table:
 def table(row: dict) -> rich.table.Table:
   """One line per metric, one column per mode; a 95 % interval where there is one."""
   metrics = ['accuracy']
-  for prefix in ('accuracy/', 'pass@', 'majority@', 'reward/'):
+  for prefix in ('accuracy/', 'completion_length/', 'pass@', 'majority@', 'reward/'):
     start = f'eval/sampled/{prefix}'
     found = [name.removeprefix(start) for name in row if name.startswith(start)]
     found = [name for name in found if not name.endswith(('_low', '_high'))]

@@ -21,7 +21,7 @@ class Evaluation:
 
   num_examples: int
   correct: str  # the reward that means 'right', 1 or 0, where the example names no other
-  by: str  # field of meta by whose values accuracy is reported too; '' = none
+  by: str  # field of meta by whose values accuracy and length are reported too; '' = none
 
 
 def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int:
@@ -162,20 +162,24 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tup
       found[f'{name}_length'] = _mean(table['completion_length'][which])
     found |= _of_several(table, right_R)
     if cfg.by:
-      found |= _by_value(cfg.by, experience, right_P)
+      length_R, samples_P = table['completion_length'], np.bincount(table['group'])
+      length_P = np.bincount(table['group'], length_R) / samples_P
+      of_P = {'accuracy': right_P, 'completion_length': length_P}
+      found |= _by_value(cfg.by, experience, of_P)
     metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
     metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]
     experiences[mode] = experience
   return metrics, experiences
 
 
-def _by_value(field: str, experience: types.Experience, right_P) -> dict[str, float]:
-  """accuracy/<field>=<value>, for problems in the order of the data."""
+def _by_value(field: str, experience: types.Experience, of_P) -> dict[str, float]:
+  """<metric>/<field>=<value>: the mean of a metric of problems, in the order of the data."""
   first = np.unique(experience.group_R, return_index=True)[1]
   mine = [experience.examples[r].meta[field] for r in first]
   values = [value for problem in zip(*sharding.gather(mine), strict=True) for value in problem]
   return {
-    f'accuracy/{field}={each}': float(right_P[[value == each for value in values]].mean())
+    f'{metric}/{field}={each}': float(each_P[[value == each for value in values]].mean())
+    for metric, each_P in of_P.items()
     for each in sorted(set(values), key=lambda value: (isinstance(value, str), value))
   }
 

@@ -245,6 +245,7 @@ def test_the_filter_and_rationalisation(tmp_path, pool, scripted):
   evals = rows_of(tmp_path / 'run', 'eval')
   assert [row['phase'] for row in evals] == ['pretrain', 'pretrain', 'sft']
   assert {'eval/greedy/accuracy/digits=1', 'eval/sampled/accuracy/digits=2'} <= set(evals[0])
+  assert 5 < evals[0]['eval/greedy/completion_length/digits=2'] <= 104
   shown = logs.read_rows(tmp_path / 'run' / 'rollouts.jsonl')
   asked = [row['prompt'] for row in shown if row['phase'] == 'collect']
   assert sum(prompt.endswith('Target:') for prompt in asked) == 4 and len(asked) == 6

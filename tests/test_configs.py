@@ -180,9 +180,12 @@ def smoke(config):
   for model in config.models.values():
     model.update({**sizes, 'mlp_width': 16, 'weights': '', 'compute_dtype': 'float32'})
   config.phases = tuple(e if isinstance(e, str) else (*e[:-1], 1) for e in config.phases)
+  config.prompt.max_length = min(config.prompt.max_length, 384)
   for phase, _ in phases.order(config, steps.STEPS):
     section = config[phase]
     section.steps = min(section.steps, 2)
+    if 'row_length' in section:
+      section.row_length = min(section.row_length, 512)
     if section.kind == 'collect':
       section.prompts_per_step = 2
       few = min(section.env.num_generations, 2)
@@ -222,6 +225,7 @@ def pool():
 
 
 ROWS = {  # of the files that a user gives
+  'jsonl': {'problem': 'What is 1 + 1?', 'answer': '2'},
   'gsm8k': {'question': 'What is 1 + 1?', 'answer': 'It is two.\n#### 2'},
   'commonsenseqa': {
     'answerKey': 'A',
@@ -239,7 +243,7 @@ def give_files(config, folder):
     path = folder / f'{split}.jsonl'
     rows = [ROWS[config.task.name] for _ in range(8)]
     for i, row in enumerate(rows):
-      key = 'question' if isinstance(row['question'], str) else 'id'
+      key = {'jsonl': 'problem', 'gsm8k': 'question', 'commonsenseqa': 'id'}[config.task.name]
       rows[i] = {**row, key: f'{row.get(key, "")}{split} {i}'}
       if key == 'id':
         rows[i]['question'] = {**row['question'], 'stem': f'Where, {split} {i}?'}
