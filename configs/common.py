@@ -584,26 +584,30 @@ def evaluation() -> ConfigDict:
 def budgets(*names: str) -> ConfigDict:
   """Sweeps of thinking budgets: name -> its fields, see reasonrl/budgets.py.
 
-  Strings and values are those of s1 (arXiv 2501.19393). Budget forcing needs the think_budget of
-  evaluation.env.controls.
+  Strings and numbers are those of s1 (arXiv 2501.19393).
   """
-  # Token-conditional; L1 (arXiv 2503.04697) has a template of its own, 16 samples at .6.
+  strings = controls('think_budget').think_budget.to_dict()
+  # Token-conditional; L1 (arXiv 2503.04697) samples 16 responses at .6.
   target = {
     'numbers': (512, 1024, 2048, 3600),
     'temperature': 0.0,
     'template': '\n\nThink for up to {n} tokens.',
-    'unit_tokens': 1,
+    'counts': 'thinking',  # tokens | 'response': tokens, thinking and answer | 'steps'
+    'unit_tokens': 100,  # of thinking in a step
     'forced': False,  # with budget forcing at that number
+    'think_budget': strings,
   }
-  # Step-conditional; s1 states no template.
+  # Step-conditional, without s1's countdown; its request is not stated.
   steps = {**target, 'numbers': (16, 32, 64, 128), 'template': '\n\nThink for up to {n} steps.'}
-  steps['unit_tokens'] = 100
+  steps['counts'] = 'steps'
+  forced = {'numbers': (512, 1024, 2048, 4096), 'temperature': 0.0, 'think_budget': strings}
   fields = {
-    'max_think': {'numbers': (512, 1024, 2048, 4096), 'temperature': 0.0, 'ignores': 0},  # tokens
-    'ignores': {'numbers': (0, 1, 2, 4), 'temperature': 0.0, 'max_think': 0},
+    'max_think': {**forced, 'ignores': 0},
+    'ignores': {**forced, 'numbers': (0, 1, 2, 4), 'max_think': 0},
     'target': target,
     'target_forced': {**target, 'forced': True},
-    'at_most': {**target, 'template': ' Think for maximum {n} tokens.'},  # L1-Max
+    # LCPO-Max
+    'at_most': {**target, 'template': ' Think for maximum {n} tokens.', 'counts': 'response'},
     'steps': steps,
     'steps_forced': {**steps, 'forced': True},
     'class': {

@@ -38,7 +38,6 @@ def get_config(arg=''):
   if variant == 'base':
     config.phases = ('pretrain',)
     config.evaluation.augmentations = {}
-    config.evaluation.env.controls = common.controls('think_budget')
     config.evaluation.budgets = common.budgets('max_think')
     config.evaluation.budgets.max_think.temperature = 0.6
     # With <think>, </think>, <answer>, a cup, </answer> and EOS they are 8, 12, ... tokens.
@@ -113,7 +112,7 @@ def tiny():
   config.evaluation.budgets.target.update(numbers=numbers, template=EXACT)
   config.evaluation.budgets.at_most.update(numbers=(8, 12, 16, 20, 24, 32, 40), template=MAX)
   for section in config.evaluation.budgets.values():
-    section.temperature = 0.6  # the paper's
+    section.update(counts='response', temperature=0.6)  # the paper's
   return config
 
 
@@ -143,7 +142,8 @@ def smollm2():
   config.evaluation.budgets = common.budgets('target')
   config.evaluation.budgets.target.numbers = (16, 24, 32, 48)
   asked = config.exact.augmentations.length_target
-  config.evaluation.budgets.target.update(temperature=0.6, template=asked.template_exact)
+  config.evaluation.budgets.target.update(temperature=0.6, counts='response')
+  config.evaluation.budgets.target.template = asked.template_exact
   return config
 
 
@@ -177,7 +177,7 @@ def math():
   config.evaluation.budgets = common.budgets('target', 'at_most')
   for name, template in (('target', '{n} tokens.'), ('at_most', 'maximum {n} tokens.')):
     numbers = (512, 1024, 2048, 3600)
-    config.evaluation.budgets[name].update(numbers=numbers, temperature=0.6)
+    config.evaluation.budgets[name].update(numbers=numbers, temperature=0.6, counts='response')
     config.evaluation.budgets[name].template = before + template
   config.models.policy.max_position = 8320
   return config

@@ -65,7 +65,6 @@ def tiny():
   config.evaluation = common.evaluation()
   config.evaluation.env.max_completion_length = 80
   config.evaluation.env.num_generations = 16  # for the vote
-  config.evaluation.env.controls = common.controls('think_budget')
   config.evaluation.budgets = common.budgets('max_think', 'ignores', 'rejection')
   config.evaluation.budgets.max_think.numbers = (2, 4, 8, 16, 32)
   config.evaluation.budgets.max_think.ignores = 2  # so that there is something to cut
@@ -93,7 +92,7 @@ def conditional(config, unit: str, method: str, numbers):
   config.evaluation.budgets = common.budgets(method, f'{method}_forced')
   for section in config.evaluation.budgets.values():
     section.update(numbers=numbers, template=template)
-    section.unit_tokens = 1 if method == 'target' else 8
+    section.unit_tokens = 8
 
 
 def smollm2():
@@ -108,7 +107,6 @@ def smollm2():
   config.evaluation.num_examples = 256
   config.evaluation.env.max_completion_length = 64
   config.evaluation.env.slots = 64
-  config.evaluation.env.controls = common.controls('think_budget')
   config.evaluation.budgets = common.budgets('max_think', 'ignores', 'rejection', 'class')
   config.evaluation.budgets.max_think.numbers = (2, 4, 8, 16, 32)
   config.evaluation.budgets.ignores.numbers = (0, 1, 2, 4)

@@ -130,6 +130,11 @@ class LengthLabel:
         f'length_label: {example.task}/{example.split}/{example.index} was not collected by a '
         'phase, and has no sampled solution to label'
       )
+    if records.length_target(example):
+      raise records.UserError(
+        f'length_label: {example.task}/{example.split}/{example.index} was collected under a '
+        'length target, which its problem names already'
+      )
     return self.labelled(example, UNITS[self.unit](example, self.separator))
 
   def labelled(self, example: records.Example, n: int) -> records.Example:

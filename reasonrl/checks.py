@@ -77,6 +77,10 @@ def check(setup: wiring.Setup, order) -> None:
       reinforced(setup, order, phase)
     if phase.env:
       draws(setup, phase.env)
+      if phase.section.kind == 'collect' and phase.env.controls:
+        raise records.UserError(
+          f'{name}.env.controls: what they write would be learned as if the model had said it'
+        )
       for part in parts(task):
         rewards(part, setup.rewards)
     sizes(setup, phase)
@@ -132,16 +136,15 @@ def draws(setup: wiring.Setup, env) -> types.Spec:
 
 def swept(setup: wiring.Setup) -> None:
   """Every setting of a sweep of budgets can be rolled out."""
-  raw = parts(setup.task)[0].example('test', 0)
+  cap = setup.evaluation_env.max_completion_length
   for name, method in setup.budgets.items():
     for setting in method.settings(setup.evaluation_env, setup.evaluation_augmentations):
       draws(setup, setting.env)
-      if setting.target > setting.env.max_completion_length:
+      if cap < setting.most < math.inf:
         raise records.UserError(
-          f'evaluation.budgets.{name} asks for {setting.target} tokens, but evaluation.env.'
-          f'max_completion_length={setting.env.max_completion_length}'
+          f'evaluation.budgets.{name} allows {setting.most} tokens, but '
+          f'evaluation.env.max_completion_length={cap}'
         )
-      setup.prompt(*setup.augmented([raw], setting.added))
 
 
 def trained(setup: wiring.Setup, phase: wiring.Phase) -> None:

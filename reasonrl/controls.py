@@ -7,7 +7,7 @@
    it carries no gradient, and counts as a token everywhere.
 3. Strings are matched as token ids, on what the row holds, whoever wrote it. A token counts as the
    first of a string if its text ends like that token, and as the last if its text begins so: in
-   byte pairs '</think>' may end in '><'.
+   byte pairs '</think>' may end in '><'. It is matched, and taken back, as a whole.
 4. `build` makes controls and their numbers from a section of the config.
 
 `ThinkBudget` is budget forcing (s1, arXiv 2501.19393, section 3.1), `Force` begins a completion,
@@ -66,14 +66,18 @@ def pattern(tokenizer, text: str) -> Pattern:
 
 
 def ends_with(view: View, token_B, wanted: Pattern, begin_B):
-  """bool [B]: the row with this token ends with the pattern, none of it before position begin_B."""
+  """bool [B]: the row with this token ends with the pattern, none of it before position begin_B.
+
+  `begin_B` may be a number for each token of the pattern but the last: [m - 1, B].
+  """
   S, m = view.tokens_BS.shape[1], len(wanted)
+  begin_mB = jnp.broadcast_to(begin_B, (max(m - 1, 1), view.length_B.size))
   one_of = lambda x_B, ids: jnp.any(x_B[:, None] == jnp.asarray(ids, jnp.int32)[None], axis=1)
   found_B = one_of(token_B, wanted[-1])
   for j, ids in enumerate(wanted[:-1]):
     at_B = view.length_B - (m - 1) + j
     before_B = jnp.take_along_axis(view.tokens_BS, jnp.clip(at_B, 0, S - 1)[:, None], axis=1)[:, 0]
-    found_B &= one_of(before_B, ids) & (at_B >= begin_B)
+    found_B &= one_of(before_B, ids) & (at_B >= begin_mB[j])
   return found_B
 
 
@@ -95,7 +99,11 @@ class ThinkBudget:
     a stop id                is an end: `end` is written in its place
 
   Tokens of `wait` are thinking and count; those of `start`, `end` and `final` do not. Where the
-  maximum falls into a `wait`, the rest of that is not written.
+  maximum falls into a `wait`, the rest of that is not written; where it may fall into an `end`, the
+  next tokens tell, and are taken back if they are none. An end that another control wrote stays.
+
+  Unlike the authors' harness nothing asks for a token between two ends: a model that ends at once
+  is given one `wait` after the other. To forbid it would change the probabilities of a draw.
 
   Numbers: max_think (0: none), min_think, ignores.
   """
@@ -142,6 +150,7 @@ class ThinkBudget:
       'ignored_B': zero_B,
       'queue_B': zero_B,  # 0, or 1 + the string that is being written
       'at_B': zero_B,
+      'over_B': zero_B,  # tokens that its first one takes the place of
     }
 
   def bias(self, state, numbers, view, z_BV):
@@ -157,24 +166,28 @@ class ThinkBudget:
     # ---- a string is under way
     writing_B = queue_B > 0
     token_B = jnp.where(writing_B, table[jnp.maximum(queue_B - 1, 0), at_B], made.token_B)
+    over_B = jnp.where(writing_B & (at_B == 0), state['over_B'], 0)
     drawn_B = ~writing_B & ~made.written_B
     thinking_B = phase_B == THINKING
 
     # ---- does thinking end here?
     stopped_B = drawn_B & jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1)
-    closed_B = ~writing_B & ends_with(view, token_B, self.end, begin_B)
+    # In byte pairs one token may close the start and open the end of an empty thought.
+    first_mB = jnp.stack([begin_B - bool(self.start), *[begin_B] * max(len(self.end) - 2, 0)])
+    closed_B = ~writing_B & ends_with(view, token_B, self.end, first_mB)
     ends_B = thinking_B & (closed_B | stopped_B)
-    back_B = jnp.where(ends_B & ~stopped_B, len(self.end) - 1, 0)
+    whole_B = jnp.minimum(len(self.end) - 1, view.length_B - begin_B)
+    back_B = jnp.where(ends_B & ~stopped_B, whole_B, 0)
     thought_B = view.length_B - back_B - begin_B  # tokens of thinking without its end
     early_B = (ignored_B < numbers['ignores']) | (thought_B < numbers['min_think'])
-    extend_B = ends_B & early_B & bool(self.wait)
+    extend_B = ends_B & early_B & drawn_B & bool(self.wait)
     close_B = ends_B & ~extend_B & stopped_B  # a stop id is not the end that was asked for
 
     queue_B = jnp.where(extend_B, 1, jnp.where(close_B, 3, queue_B))
     fresh_B = extend_B | close_B
     at_B = jnp.where(fresh_B, 0, at_B)
     token_B = jnp.where(fresh_B, table[jnp.maximum(queue_B - 1, 0), 0], token_B)
-    back_B = jnp.where(extend_B, back_B, 0)
+    back_B = jnp.where(extend_B, back_B, over_B)
     ignored_B = ignored_B + extend_B
     phase_B = jnp.where(ends_B & ~extend_B, AFTER, phase_B)
 
@@ -188,7 +201,11 @@ class ThinkBudget:
     # ---- the maximum: what is written next is `final`
     after_B = view.length_B - back_B + 1
     limit_B = numbers['max_think']
-    full_B = (phase_B == THINKING) & (limit_B > 0) & (after_B - begin_B >= limit_B)
+    begun_B = jnp.zeros_like(after_B)  # the last tokens that may yet become an end
+    for m in range(1, len(self.end)):
+      begun_B = jnp.where(ends_with(view, token_B, self.end[:m], begin_B) & drawn_B, m, begun_B)
+    full_B = (phase_B == THINKING) & (limit_B > 0) & (after_B - begin_B - begun_B >= limit_B)
+    over_B = jnp.where(full_B, after_B - begin_B - limit_B, 0)
     queue_B = jnp.where(full_B, 2, queue_B)
     at_B = jnp.where(full_B, 0, at_B)
     phase_B = jnp.where(full_B, AFTER, phase_B)
@@ -200,9 +217,10 @@ class ThinkBudget:
       begin_B = jnp.where(opens_B, after_B, begin_B)
     new = {
       **{'phase_B': phase_B, 'begin_B': begin_B, 'ignored_B': ignored_B},
-      **{'queue_B': queue_B, 'at_B': at_B},
+      **{'queue_B': queue_B, 'at_B': at_B, 'over_B': over_B},
     }
-    return new, Step(token_B, jnp.where(fresh_B, back_B, made.back_B), made.written_B | written_B)
+    back_B = jnp.where(written_B, back_B, made.back_B)
+    return new, Step(token_B, back_B, made.written_B | written_B)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +280,8 @@ class Forbid:
   @classmethod
   def of(cls, tokenizer, texts: tuple[str, ...]) -> Forbid:
     """Every token of the texts, wherever it stands."""
+    if isinstance(texts, str):
+      raise records.UserError(f'controls.forbid.texts={texts!r} must be a tuple of strings')
     return cls(tuple(sorted({i for text in texts for i in tokenizer.encode(text)})))
 
   def begin(self, view: View) -> dict:
@@ -280,32 +300,42 @@ class Forbid:
     return state, made
 
 
-CONTROLS = {'think_budget': ThinkBudget, 'force': Force, 'forbid': Forbid}
+# In the order in which they apply: what is forced may begin or end thinking.
+CONTROLS = {'force': Force, 'forbid': Forbid, 'think_budget': ThinkBudget}
 
 
 def build(sections: Mapping[str, Mapping], tokenizer) -> tuple[tuple, dict[str, int]]:
   """The controls of a config, name -> strings and numbers, and the numbers of all of them.
 
+  A `wait` that no number asks for is left out: not every tokenizer has it.
+
   Raises:
     UserError: an unknown control, an unknown, missing or bad field, or a string without tokens.
   """
   built, numbers = [], {}
-  for name, fields in sections.items():
+  for name in sections:
     if name not in CONTROLS:
       raise records.UserError(f'controls: {name!r} is not one of {", ".join(CONTROLS)}')
-    cls = CONTROLS[name]
+  for name, cls in CONTROLS.items():
+    if name not in sections:
+      continue
+    fields = dict(sections[name])
     wrong = sorted(fields.keys() ^ {*cls.NUMBERS, *cls.STRINGS})
     if wrong:
       raise records.UserError(f'controls.{name}: unknown or missing: {", ".join(wrong)}')
     for field in cls.NUMBERS:
       value = fields[field]
-      if not isinstance(value, int) or abs(value) > np.iinfo(np.int32).max:
-        raise records.UserError(f'controls.{name}.{field}={value!r} is not a number of tokens')
+      least = 0 if name == 'think_budget' else -1
+      if not isinstance(value, int) or not least <= value <= np.iinfo(np.int32).max:
+        what = f'controls.{name}.{field}={value!r}'
+        raise records.UserError(f'{what} is not a whole number from {least} up')
       numbers[field] = value
-    if numbers.get('ignores') or numbers.get('min_think'):
-      if not sections['think_budget']['wait']:
+    if name == 'think_budget':
+      asked = fields['ignores'] or fields['min_think']
+      if asked and not fields['wait']:
         raise records.UserError(
           "controls.think_budget.wait='', but ignores and min_think write it instead of an end"
         )
+      fields['wait'] = fields['wait'] if asked else ''
     built.append(cls.of(tokenizer, **{field: fields[field] for field in cls.STRINGS}))
   return tuple(built), numbers

@@ -85,8 +85,6 @@ def prepare(config, workdir: str, phase: str, model: str):
 def with_sweeps(config, sweeps: list[str]):
   """The config with methods of evaluation.budgets and their numbers.
 
-  Where it has no strings for budget forcing, those of `common.controls` are taken.
-
   Raises:
     UserError: one is not METHOD=NUMBER,NUMBER,....
   """
@@ -107,11 +105,6 @@ def with_sweeps(config, sweeps: list[str]):
         section.numbers = tuple(int(value) for value in values.split(','))
       except ValueError:
         raise records.UserError(f'--sweep={sweep}: {values!r} are not numbers') from None
-  if config.evaluation.budgets and 'think_budget' not in config.evaluation.env.controls:
-    section = common.controls('think_budget').think_budget
-    if 'ignores' not in config.evaluation.budgets:
-      section.wait = ''  # it is not written, and not every tokenizer has it
-    config.evaluation.env.controls.think_budget = section
   return config.lock()
 
 

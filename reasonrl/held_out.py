@@ -69,6 +69,13 @@ def make_evaluate(setup: wiring.Setup):
       )
 
   env = setup.evaluation_env
+  asked_by_run = setup.evaluation_augmentations
+  swept = [method.settings(env, asked_by_run) for method in setup.budgets.values()]
+  added = [setting.added for settings in swept for setting in settings]
+  for i, asked in enumerate(added):
+    if asked not in added[:i]:
+      for example in setup.augmented(found[jax.process_index() :: n], asked):
+        setup.prompt(example)
   correct, vote = setup.evaluation.correct, voter(setup, found)
 
   def roll(stage, named, env, added, problems, attempt):

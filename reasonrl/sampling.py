@@ -13,6 +13,7 @@ same state.
 
 Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned
 into a token by inverse CDF. So a draw depends on neither the batch layout nor the device count.
+Where a control takes tokens back, the uniforms of their positions are used again.
 
 Left out on purpose: shared-prefix attention, cache segments, compaction, slot refill.
 """
@@ -173,10 +174,12 @@ class Sampler:
     if most and state.kept_BSK is None:
       empty = {'kept_BSK': jnp.full((B, S, most), -1, jnp.int32), 'size_B': jnp.zeros(B, jnp.int32)}
       state = self._constrain(dataclasses.replace(state, **empty))
-    view = controls.View(state.tokens_BS, state.length_B, state.start_B)
     if spec.controls and state.controls is None:
+      view = controls.View(state.tokens_BS, state.length_B, state.start_B)
       begun = tuple(control.begin(view) for control in spec.controls)
       state = self._constrain(dataclasses.replace(state, controls=begun))
+    if len(spec.controls) != len(state.controls or ()):
+      raise ValueError('decode: the controls of a state are those of its first decode')
     furthest = max((control.furthest_back for control in spec.controls), default=0)
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
@@ -221,7 +224,7 @@ class Sampler:
       if most:
         kept_BK, size_B = drawing.kept_ids(weight_BV, most)
         kept_BK = jnp.where(written_B[:, None], -1, kept_BK)
-        size_B = jnp.maximum(state.size_B, jnp.where(live, size_B, 0))
+        size_B = jnp.maximum(state.size_B, jnp.where(live & ~written_B, size_B, 0))
         kept_BSK = put(state.kept_BSK, kept_BK)
         state = dataclasses.replace(state, kept_BSK=kept_BSK, size_B=size_B)
       return dataclasses.replace(
@@ -244,7 +247,12 @@ class Sampler:
     They count against the most new tokens of a row, as inserted tokens do everywhere: a budget is
     one of context, whoever wrote it (`assign` gives a new one). What does not fit the window is
     dropped; such a row stops with LENGTH at the next decode.
+
+    Raises:
+      ValueError: the rows are under controls, which have not seen these tokens.
     """
+    if state.controls is not None:
+      raise ValueError('append: these rows are under controls, which would not see the new tokens')
     B, T = tokens_BT.shape
     S = state.tokens_BS.shape[1]
     count_B = jnp.minimum(count_B, S - state.length_B)

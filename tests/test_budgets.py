@@ -14,13 +14,7 @@ EOS, LENGTH = records.Stop.EOS, records.Stop.LENGTH
 
 
 def environment(**changes):
-  section = common.evaluation().env
-  section.controls = common.controls('think_budget')
-  return (
-    tables.member(ENVS, section, 'env')
-    if not changes
-    else dataclasses.replace(tables.member(ENVS, section, 'env'), **changes)
-  )
+  return dataclasses.replace(tables.member(ENVS, common.evaluation().env, 'env'), **changes)
 
 
 def method(name, **changes):
@@ -48,22 +42,31 @@ def budget(env):
 # ------------------------------------------------------------------------------------ settings
 
 
-def test_budget_forcing_sets_one_number_and_keeps_the_rest():
+STRINGS = common.controls('think_budget').think_budget.to_dict()
+
+
+def test_budget_forcing_is_a_control_with_one_number_changed():
   env, ask = environment(), augmentations.Suffix(' Think.')
   found = method('max_think', numbers=(4, 8)).settings(env, (ask,))
   assert [(s.name, s.most, s.added) for s in found] == [('4', 4, (ask,)), ('8', 8, (ask,))]
   assert [budget(s.env)['max_think'] for s in found] == [4, 8]
-  assert all({**budget(s.env), 'max_think': 0} == budget(env) for s in found)
+  assert all({**budget(s.env), 'max_think': 0} == STRINGS for s in found)
   assert all((s.env.temperature, s.env.num_generations) == (0.0, 1) for s in found)
+  assert all(s.judged == 'think_length' and math.isnan(s.target) for s in found)
+  assert env.controls == {}  # of the plain evaluation
+  forcing = environment(controls={'force': {'text': 'a', 'forced': 1}})
+  (s,) = method('max_think', numbers=(9,), ignores=3).settings(forcing, ())
+  assert s.env.controls['force'] == {'text': 'a', 'forced': 1}
+  assert (s.most, budget(s.env)['ignores']) == (9, 3)
   found = method('ignores', numbers=(0, 2), temperature=0.6).settings(env, ())
   assert [budget(s.env)['ignores'] for s in found] == [0, 2]
   assert [s.most for s in found] == [math.inf] * 2 and found[0].env.temperature == 0.6
   found = method('ignores', numbers=(0, 2), max_think=9).settings(env, ())
   assert [(s.most, budget(s.env)['max_think']) for s in found] == [(9, 9)] * 2
-  (s,) = method('max_think', numbers=(9,), ignores=3).settings(env, ())
-  assert (s.most, budget(s.env)['ignores']) == (9, 3)
-  with pytest.raises(records.UserError, match="needs 'think_budget' in evaluation.env.controls"):
-    method('max_think').settings(environment(controls={}), ())
+  for method_ in ('max_think', 'target_forced'):
+    odd = method(method_, think_budget={**STRINGS, 'end': '</thought>'})
+    with pytest.raises(records.UserError, match="end='</thought>', but thinking is measured"):
+      odd.settings(env, ())
 
 
 def test_what_is_asked_takes_the_place_of_a_target():
@@ -76,11 +79,13 @@ def test_what_is_asked_takes_the_place_of_a_target():
   )
   (s,) = found
   assert s.added == (ask, augmentations.Suffix('=16')) and (s.most, s.target) == (16, 16)
-  assert s.env == dataclasses.replace(env, temperature=0.6)
-  (s,) = method('steps', numbers=(3,), forced=True).settings(env, ())
+  assert s.env == dataclasses.replace(env, temperature=0.6) and s.judged == 'think_length'
+  (s,) = method('at_most', numbers=(16,)).settings(env, ())
+  assert s.judged == 'completion_length' and s.target == 16
+  (s,) = method('steps_forced', numbers=(3,)).settings(env, ())
   assert s.added == (augmentations.Suffix('\n\nThink for up to 3 steps.'),)
-  assert (s.most, s.target, budget(s.env)['max_think']) == (300, 300, 300)
-  short, default, long = method('class').settings(env, (ask,))
+  assert (s.most, budget(s.env)['max_think']) == (300, 300) and math.isnan(s.target)
+  short, default, long = method('class').settings(env, (target, ask))
   assert default.added == (ask,) and [s.added[0] for s in (short, long)] == [ask, ask]
   assert short.added[1].text.startswith(' Answer after a short amount of thinking. Do not')
   assert long.added[1].text.startswith(' Answer after a long amount of thinking. If you feel')
@@ -93,6 +98,13 @@ def test_what_is_asked_takes_the_place_of_a_target():
     ('max_think', {'numbers': (0,)}, r'numbers=\(0,\) must be one or more, from 1 up'),
     ('ignores', {'numbers': (-1,)}, 'must be one or more, from 0 up'),
     ('target', {'template': 'Think.'}, "template='Think.' has no {n}"),
+    ('target', {'counts': 'words'}, "counts='words' is not one of thinking, response, steps"),
+    ('steps', {'unit_tokens': 0}, 'unit_tokens=0 must be at least 1'),
+    (
+      'at_most',
+      {'forced': True},
+      "forced=True is for thinking or steps, not for counts='response'",
+    ),
     ('rejection', {'temperature': 0.0}, 'temperature=0.0 must be above 0'),
     ('rejection', {'retries': -1}, 'retries=-1 at least 0'),
   ],
@@ -126,20 +138,27 @@ def test_a_sweep_by_hand():
   assert '1500/mean_error' not in found and '1500/failed' not in found
 
 
-def test_lengths_against_what_was_asked():
-  """Responses of 90 and 110 tokens: 0 off in the mean, 10 % each; of 109 and 131 at 120."""
+@pytest.mark.parametrize('counts', ['response', 'thinking'])
+def test_lengths_against_what_was_asked(counts):
+  """90 and 110 tokens of 100: 0 off in the mean, 10 % each; 109 and 131 of 120 likewise."""
 
   def roll(env, added, problems, attempt):
     mean = int(added[-1].text[1:])
     off = 10 if mean == 100 else 11
-    return outcomes([1, 0], [5, 200], [mean - off, mean + off], stop=LENGTH)
+    lengths, other = [mean - off, mean + off], [5, 999]
+    think, response = (other, lengths) if counts == 'response' else (lengths, other)
+    return outcomes([1, 0], think, response, stop=LENGTH)
 
-  asked = method('target', numbers=(100, 120), template='={n}')
+  asked = method('target', numbers=(100, 120), template='={n}', counts=counts)
   found = budgets.sweep(asked, environment(), (), 2, roll)
   assert found['100/mean_error'] == 0 and found['100/mean_abs_error'] == pytest.approx(0.1)
+  assert found['100/rms_error'] == pytest.approx(0.1)
   assert (found['100/within_10'], found['120/within_10']) == (1.0, 1.0)
-  assert found['100/within'] == 0.5 and found['100/truncated'] == 1.0
-  assert found['100/over'] == 0.5
+  assert found['100/within'] == found['100/over'] == 0.5 and found['100/truncated'] == 1.0
+  assert found['control'] == 1.0  # the means are what was asked
+  assert '8/mean_error' not in budgets.sweep(
+    method('steps', numbers=(8,)), environment(), (), 2, lambda *_: outcomes([1, 0], [5, 7])
+  )
 
 
 def test_class_conditional_control_counts_two_orders():
@@ -158,7 +177,8 @@ def test_rejection_samples_what_is_too_long_again():
     asked.append((problems.tolist(), attempt))
     assert (env.temperature, env.num_generations) == (1.0, 1)
     think = {0: [4], 1: [9, 3], 2: [9, 8, 7]}
-    return outcomes(np.ones(problems.size), [think[p][attempt] for p in problems], group=problems)
+    found = outcomes(np.ones(problems.size), [think[p][attempt] for p in problems], group=problems)
+    return found | ({} if attempt else {'reward/lcpo/exact/right': np.ones(3)})  # not every time
 
   found = budgets.sweep(method('rejection', numbers=(4,), retries=2), environment(), (), 3, roll)
   assert asked == [([0, 1, 2], 0), ([1, 2], 1), ([2], 2)]

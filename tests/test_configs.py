@@ -204,8 +204,9 @@ def smoke(config):
   for section in config.evaluation.budgets.values():
     if 'numbers' in section:
       section.numbers = (2, 3)
-    if 'unit_tokens' in section:
-      section.unit_tokens = 1
+    for field, least in (('unit_tokens', 1), ('max_think', 0)):
+      if field in section:
+        section[field] = least
   return config
 
 

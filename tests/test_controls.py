@@ -26,13 +26,20 @@ def run(control, policy, numbers, cap=40, start=2):
   Returns:
     tokens, and whether the policy drew each.
   """
+  return run_all((control,), policy, numbers, cap, start)
+
+
+def run_all(applied, policy, numbers, cap=40, start=2):
+  """`run` with several controls, one after the other, as the sampler applies them."""
   tokens_BS, start_B = jnp.full((1, start + cap), 99, jnp.int32), jnp.full(1, start, jnp.int32)
   numbers = {name: jnp.full(1, value, jnp.int32) for name, value in numbers.items()}
-  state, said, own = control.begin(controls.View(tokens_BS, start_B, start_B)), [], []
+  first = controls.View(tokens_BS, start_B, start_B)
+  states, said, own = [control.begin(first) for control in applied], [], []
   while len(said) < cap:
     view = controls.View(tokens_BS, start_B + len(said), start_B)
     made = controls.Step(jnp.full(1, policy(said)), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool))
-    state, made = control.step(state, numbers, view, made, jnp.asarray([EOS]))
+    for i, control in enumerate(applied):
+      states[i], made = control.step(states[i], numbers, view, made, jnp.asarray([EOS]))
     keep, written = len(said) - int(made.back_B[0]), bool(made.written_B[0])
     said, own = [*said[:keep], int(made.token_B[0])], [*own[:keep], not written]
     tokens_BS = tokens_BS.at[0, start + keep].set(said[-1])
@@ -157,7 +164,9 @@ def test_strings_become_ids():
   built, given = controls.build(section('think_budget', max_think=5), tokenizer)
   (budget,) = built
   assert given == {'max_think': 5, 'min_think': 0, 'ignores': 0}
-  assert budget.wait == tuple(tokenizer.encode('Wait'))
+  assert budget.wait == ()  # nothing asks for it
+  ((asked,), _) = controls.build(section('think_budget', ignores=1), tokenizer)
+  assert asked.wait == tuple(tokenizer.encode('Wait'))
   assert budget.end_ids == tuple(tokenizer.encode('</think>'))
   assert budget.end == tuple((i,) for i in budget.end_ids)  # no byte holds another
   both = section('force', text='ab') | section('forbid', texts=('b', 'cb'), forbidden=3)
@@ -191,9 +200,11 @@ def test_a_string_joined_to_what_is_beside_it():
 @pytest.mark.parametrize(
   'sections, message',
   [
-    ({'brake': {}}, "controls: 'brake' is not one of think_budget, force, forbid"),
+    ({'brake': {}}, "controls: 'brake' is not one of force, forbid, think_budget"),
     ({'force': {'text': 'a'}}, 'controls.force: unknown or missing: forced'),
-    (section('force', text='a', forced=1.5), 'forced=1.5 is not a number of tokens'),
+    (section('force', text='a', forced=1.5), 'forced=1.5 is not a whole number from -1 up'),
+    (section('think_budget', max_think=-1), 'max_think=-1 is not a whole number from 0 up'),
+    (section('forbid', texts='ab'), "texts='ab' must be a tuple of strings"),
     (section('force'), 'force: ids has no tokens'),
     (section('think_budget', end=''), 'think_budget: end has no tokens'),
     (section('think_budget', wait='', ignores=1), "wait='', but ignores and min_think write it"),
@@ -202,6 +213,90 @@ def test_a_string_joined_to_what_is_beside_it():
 def test_bad_sections(sections, message):
   with pytest.raises(records.UserError, match=message):
     controls.build(sections, tokenizers.Bytes())
+
+
+THREE = dataclasses.replace(
+  BUDGET,
+  end=((CLOSE,), (SHUT,), (OPEN,)),
+  end_ids=(CLOSE, SHUT, OPEN),
+  final=(CLOSE, SHUT, OPEN, FINAL),
+)
+
+
+def script(*tokens):
+  """Draws these tokens at these positions, whatever the row holds."""
+  return lambda said: tokens[min(len(said), len(tokens) - 1)]
+
+
+def test_an_end_that_the_maximum_falls_into():
+  """Three tokens and an end of three, at most 3, 4, 5 tokens: only at 3 is it `final`'s."""
+  natural = script(10, 11, 12, CLOSE, SHUT, OPEN, 20, EOS)
+  for limit in (4, 5, 6):
+    said, own = run(THREE, natural, numbers(max_think=limit))
+    assert said == [10, 11, 12, CLOSE, SHUT, OPEN, 20, EOS] and all(own)
+  said, own = run(THREE, natural, numbers(max_think=3))
+  assert said[:7] == [10, 11, 12, CLOSE, SHUT, OPEN, FINAL] and not any(own[3:7])
+
+
+def test_what_only_began_like_an_end_is_cut_at_the_maximum():
+  """CLOSE, SHUT and then no end: with at most 4 tokens two of them go again, with 5 one."""
+  policy = script(10, 11, 12, CLOSE, SHUT, 13, 14, 15, 16, 17, EOS)
+  for limit, think in (
+    (4, [10, 11, 12, CLOSE]),
+    (5, [10, 11, 12, CLOSE, SHUT]),
+    (6, [10, 11, 12, CLOSE, SHUT, 13]),
+  ):
+    said, own = run(THREE, policy, numbers(max_think=limit))
+    assert said[: limit + 4] == [*think, CLOSE, SHUT, OPEN, FINAL]
+    assert own[: limit + 4] == [True] * limit + [False] * 4
+
+
+def test_an_end_of_three_is_taken_back_until_the_minimum():
+  """What is taken back does not count."""
+
+  def policy(said):
+    since = max((i + 1 for i, t in enumerate(said) if t == WAIT), default=0)
+    return [10, 11, 12, CLOSE, SHUT, OPEN, 20, EOS][min(len(said) - since, 7)]
+
+  said, own = run(THREE, policy, numbers(min_think=4))
+  assert said == [10, 11, 12, WAIT, 10, 11, 12, CLOSE, SHUT, OPEN, 20, EOS]
+  said, _ = run(THREE, policy, numbers(min_think=3))
+  assert said == [10, 11, 12, CLOSE, SHUT, OPEN, 20, EOS]
+  said, _ = run(THREE, policy, numbers(max_think=6, ignores=1))
+  assert said[:8] == [10, 11, 12, WAIT, 10, 11, CLOSE, SHUT]  # the end taken back had no room
+
+
+def test_an_empty_thought_whose_end_shares_a_token_with_its_start():
+  """'<think></think>' in byte pairs: one token is '></'."""
+  shared = OPEN
+  control = dataclasses.replace(
+    BUDGET,
+    start=((7,), (shared, 8)),
+    end=((shared, 9), (SHUT,)),
+    end_ids=(9, SHUT),
+    final=(9, SHUT, FINAL),
+  )
+  said, own = run(control, script(7, shared, SHUT, 20, 21, 22, EOS), numbers(max_think=2))
+  assert said == [7, shared, SHUT, 20, 21, 22, EOS] and all(own)
+  said, _ = run(control, script(7, shared, SHUT, 20, 21, 22, 23), numbers(ignores=1), cap=5)
+  assert said[:3] == [7, shared, WAIT]  # what belongs to the start stays
+
+
+def test_an_end_that_another_control_wrote_stays():
+  forced, budget = controls.Force((10, CLOSE)), BUDGET
+  policy = lambda said: 20 if len(said) < 4 else EOS
+  said, own = run_all((forced, budget), policy, numbers(ignores=2) | {'forced': -1})
+  assert said == [10, CLOSE, 20, 20, EOS] and own == [False, False, True, True, True]
+
+
+def test_thinking_that_is_forced_to_begin_is_seen():
+  budget = dataclasses.replace(BUDGET, start=((OPEN,),))
+  policy = lambda said: 10 + len(said)
+  given = numbers(max_think=2) | {'forced': 1, 'forbidden': -1}
+  all_three = (controls.Force((OPEN, 9)), controls.Forbid((EOS,)), budget)
+  said, own = run_all(all_three, policy, given, cap=6)
+  assert said == [OPEN, 11, 12, CLOSE, FINAL, 15]
+  assert own == [False, True, True, False, False, True]
 
 
 def plain(policy, max_think, min_think, ignores, wait, final, cap=40):
@@ -287,12 +382,18 @@ def rows_of(out):
     assert not rest.any() and not out.logp_RS[r, out.length_R[r] :].any()
 
 
+THREE_IN_8 = dataclasses.replace(
+  BUDGET,
+  end=((CLOSE,), (SHUT, 6), (OPEN, 7)),
+  end_ids=(CLOSE, SHUT, OPEN),
+  final=(CLOSE, SHUT, OPEN, FINAL),
+)
 PAIR = dataclasses.replace(
   BUDGET, end=((CLOSE,), (SHUT,)), end_ids=(CLOSE, SHUT), final=(CLOSE, SHUT, FINAL)
 )
 
 
-@pytest.mark.parametrize('control', [BUDGET, PAIR])
+@pytest.mark.parametrize('control', [BUDGET, PAIR, THREE_IN_8])
 def test_log_probabilities_are_those_of_the_text_as_it_stands(sampler, params, control):
   """Also behind what was written and what was taken back: the cache holds what the row holds."""
   out = generate(sampler, params, (control,), numbers(max_think=9, ignores=2))
@@ -325,6 +426,49 @@ def test_rows_of_a_batch_have_their_own_numbers(sampler, params):
     if CLOSE in said[:limit] or EOS in said[:limit]:
       continue
     assert said[limit : limit + 2] == [CLOSE, FINAL] and written.tolist() == [limit, limit + 1]
+
+
+def test_decoding_in_pieces_is_decoding_at_once(sampler, params):
+  """Rows that have stopped keep the state of their controls; `assign` begins anew."""
+  given = numbers(max_think=9, ignores=1)
+  whole = generate(sampler, params, (THREE_IN_8,), given)
+  rows, spec = 24, types.Spec(1.0, 0, 1.0, 0.0, 0, (EOS,), (THREE_IN_8,))
+  prompt = jnp.asarray(np.array([[6, 7, 0], [5, 6, 7]], np.int32)[np.arange(rows) % 2])
+  length = jnp.asarray(np.array([2, 3], np.int32)[np.arange(rows) % 2])
+  key = sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(rows), 0)
+  each = {name: np.full(rows, n, np.int32) for name, n in given.items()}
+  state = sampler.prefill(params, prompt, length, 23)
+  state = sampler.assign(state, jnp.asarray(key), jnp.full(rows, 20), each)
+  for n in range(20):
+    state = sampler.decode(params, state, spec, 1)
+    if n == 7:
+      state = sampler.fork(state, jnp.arange(rows))
+  with pytest.raises(ValueError, match='are those of its first decode'):
+    sampler.decode(params, state, dataclasses.replace(spec, controls=()), 1)
+  with pytest.raises(ValueError, match='would not see the new tokens'):
+    sampler.append(params, state, jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, jnp.int32))
+  want = list(rows_of(whole))
+  tokens, ends = np.asarray(state.tokens_BS), np.asarray(state.length_B)
+  for r in range(rows):
+    assert tokens[r, int(length[r]) : ends[r]].tolist() == want[r][0]
+  again = sampler.assign(state, jnp.asarray(key), jnp.full(rows, 1), each)
+  assert again.controls is None
+
+
+def test_what_a_control_writes_needs_no_kept_ids(sampler, params):
+  """Nothing was drawn at its positions, so nothing has to be remembered there."""
+  requests = types.Requests(
+    tokens_PT=np.array([[6, 7]], np.int32),
+    length_P=np.array([2], np.int32),
+    prompt_R=np.zeros(4, np.int32),
+    key_R=sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(4), 0),
+    max_new_R=np.full(4, 3, np.int32),
+    numbers={'forced': np.full(4, -1, np.int32)},
+  )
+  spec = types.Spec(1.0, 0, 0.999, 0.0, 1, (EOS,), (controls.Force((3, EOS, 3)),))
+  out = sampler.generate(params, requests, spec, 0, lambda: None)
+  assert (out.tokens_RS[:, 2:5] == [3, EOS, 3]).all()  # a stop id that was written stops nothing
+  assert (out.kept_RSK[:, 2:5] == -1).all() and (out.length_R == 5).all()
 
 
 def test_force_and_forbid(sampler, params):

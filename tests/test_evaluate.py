@@ -71,7 +71,7 @@ def test_an_earlier_phase_and_given_weights_are_the_same(run):
 
 
 def test_a_sweep_of_budgets(run):
-  sweeps = ('--sweep=max_think=1,3', '--sweep=rejection=2')
+  sweeps = ('--sweep=max_think=1,3', '--sweep=rejection=2', '--sweep=ignores=0')
   add = '--config.evaluation.num_examples=16'
   done = call('evaluate', run.parent, '--workdir=first', '--to=swept', add, *sweeps)
   assert done.returncode == 0, done.stderr

@@ -78,6 +78,7 @@ def test_parts_by_hand():
       'exact/deviation': 0.1,
       'exact/within_10': 1.0,
       'exact/over': 0.0,
+      'exact/far': 0.0,
     },
     None,
   )
@@ -138,8 +139,9 @@ def test_cosine_by_hand(tokens, right, wrong):
 
 def test_cosine_of_the_papers_window():
   reward = make('cosine', max_length=14336)
-  values = [reward(example(), said(text, 4096)).value for text in (RIGHT, WRONG)]
+  values = [reward(example(), said(text, 4096, cap=16384)).value for text in (RIGHT, WRONG)]
   assert values == pytest.approx([1.811745, -8.117449], abs=1e-6)
+  assert reward(example(), said(RIGHT, 4096, cap=4096)).value == -10  # cut off before that window
 
 
 def test_the_end_of_the_window_comes_before_correctness():

@@ -197,7 +197,7 @@ def test_augmentations_and_controls_of_a_phase(tmp_path, pool):
   config.rewards.repetition.ngram = 1
   config.log.transcripts_every = 1
   config.evaluation.budgets = common.budgets('rejection')
-  config.evaluation.budgets.rejection.update(numbers=(2, 40), retries=1)
+  config.evaluation.budgets.rejection.update(numbers=(2, 16), retries=1)
   assert train.run(config, str(tmp_path / 'run'), pool) == 0
   shown = [json.loads(line) for line in (tmp_path / 'run/rollouts.jsonl').read_text().splitlines()]
   trained = [row for row in shown if row['kind'] == 'train' and row['phase'] == 'rl']
@@ -214,7 +214,7 @@ def test_augmentations_and_controls_of_a_phase(tmp_path, pool):
       assert row['unmasked_tokens'] == 0 < row['written_length'] and row['mismatch/max'] < 1e-4
       assert row['reward/repetition/repeated'] >= 0 and 'reward/lcpo/exact/deviation' in row
   last = rows_of(tmp_path / 'run', 'eval')[-1]
-  assert last['eval/rejection/40/failed'] == 0 and last['eval/rejection/control'] > 0
+  assert last['eval/rejection/16/failed'] == 0 and last['eval/rejection/control'] > 0
 
 
 def test_a_loop_of_phases_with_averages_and_starts_by_name(tmp_path, pool):
@@ -442,10 +442,11 @@ FORGETFUL.update({'min_p': 0.1, 'max_kept_tokens': 0})
     ('rl.augmentations', common.augmentations('length_label'), 'was not collected by a phase'),
     ('rl.augmentations', {'haste': {}}, "rl.augmentations='haste' is not one of effort"),
     ('rl.env.controls', BANS, "rl.env.controls has 'forbid', which changes probabilities"),
-    ('rl.env.controls', {'brake': {}}, "'brake' is not one of think_budget, force, forbid"),
-    ('evaluation.budgets', common.budgets('ignores'), "needs 'think_budget' in evaluation.env.con"),
-    ('evaluation.budgets', common.budgets('target'), 'budgets.target asks for 512 tokens'),
-    ('evaluation.budgets', {'luck': {}}, "evaluation.budgets='luck' is not one of class"),
+    ('rl.env.controls', {'brake': {}}, "'brake' is not one of force, forbid, think_budget"),
+    ('evaluation.budgets', common.budgets('max_think'), 'budgets.max_think allows 512 tokens'),
+    ('evaluation.budgets', common.budgets('target'), 'budgets.target allows 512 tokens'),
+    ('evaluation.budgets', common.budgets('class'), 'the sentencepiece vocabulary has no .. Answer after a short amount'),
+    ('evaluation.budgets', {'luck': {}}, "evaluation.budgets='luck' is not one of at_most, class"),
   ],
 )
 def test_bad_input_stops_at_start_with_one_clear_line(tmp_path, pool, field, value, says):

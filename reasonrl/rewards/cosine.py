@@ -40,7 +40,7 @@ class Cosine:
   value_wrong_at_0: float  # r_0^w
   value_wrong_at_max: float  # r_L^w
   value_exceeded: float  # r_e
-  max_length: int  # L, tokens; 0 = the cap of the completion
+  max_length: int  # L, tokens, at most the cap of the completion; 0 = the cap
   margin: int  # tokens
 
   def __post_init__(self):
@@ -61,7 +61,7 @@ class Cosine:
     right, tokens = self._accuracy(example, completion).value, completion.num_tokens
     if right is None:
       return records.Score(None, {}, None)
-    longest = self.max_length or completion.cap
+    longest = min(self.max_length or completion.cap, completion.cap)
     exceeded = tokens + self.margin >= longest
     if exceeded:  # what is left has tokens < longest: the cosine never turns up again
       value = self.value_exceeded

@@ -4,8 +4,8 @@
     max     1[right] clip(alpha (n_gold - n) + delta, 0, 1)                     eq. 2
 
 n is the whole response as it was sampled, thinking, answer and EOS. The target n_gold and its mode
-are facts of the example, which a prompt augmentation decides (`prompts.AUGMENTATIONS`): constant
-within a group. A wrong answer on target beats a right one that is more than 1 / alpha tokens off;
+are facts of the example, which a prompt augmentation decides (see `augmentations`): constant within
+a group. A wrong answer on target beats a right one that is more than 1 / alpha tokens off;
 the paper has alpha n_gold <= 1.2.
 
 Left out on purpose: the sigmoid forms of the paper's appendix, which do no better.
@@ -28,7 +28,7 @@ def _clip(x: float) -> float:
 
 MAX_FORMS = {  # (right, alpha (n_gold - n), delta) -> value where the target is a maximum
   'paper': lambda right, slack, delta: right * _clip(slack + delta),
-  # What the authors' repository computes: half the slope, with delta 1/2.
+  # The slope of the authors' repository, half of it, with delta 1/2.
   'repository': lambda right, slack, delta: right * _clip(slack / 2 + 0.5),
   # An ablation: short wrong answers are paid, and the model collapses to them.
   'additive': lambda right, slack, delta: right + _clip(slack + delta),
@@ -45,8 +45,8 @@ class LCPO:
       length_error   (n - n_gold) / n_gold
       deviation      |n - n_gold| / n_gold
       within_10      1 if the deviation is at most .1
-      over           1 if n - n_gold is above violation_tokens (the paper prints the absolute
-                     value; of a maximum only what is above it can be a violation)
+      over           1 if n - n_gold is above violation_tokens: what can violate a maximum
+      far            1 if |n - n_gold| is, as the paper prints it
 
   Raises:
     UserError: a field is out of range.
@@ -97,5 +97,6 @@ class LCPO:
       'deviation': abs(over) / gold,
       'within_10': float(10 * abs(over) <= gold),
       'over': float(over > self.violation_tokens),
+      'far': float(abs(over) > self.violation_tokens),
     }
     return records.Score(value, {f'{mode}/{name}': part for name, part in parts.items()}, None)
