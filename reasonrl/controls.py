@@ -42,8 +42,21 @@ class Step(NamedTuple):
   """What a step writes: the token that was drawn, or a control's."""
 
   token_B: Any  # int32
-  back_B: Any  # int32, how many of the last tokens it takes the place of
+  # int32, how many of the last tokens it takes the place of; the row must then go on for as many
+  back_B: Any
   written_B: Any  # bool, by a control
+
+
+def apply(controls, states, numbers, view: View, token_B, stop_ids):
+  """What the step writes where `token_B` was drawn, and the states of the controls after it.
+
+  `states` is None where there are no controls.
+  """
+  made, after = Step(token_B, jnp.zeros_like(token_B), jnp.zeros(token_B.shape, bool)), []
+  for control, state in zip(controls, states or (), strict=True):
+    new, made = control.step(state, numbers, view, made, stop_ids)
+    after.append(new)
+  return made, tuple(after) if controls else states
 
 
 # Token ids that may stand at each place of a string.
@@ -132,18 +145,13 @@ class ThinkBudget:
       final=tuple(tokenizer.encode(final)),
     )
 
-  @property
-  def furthest_back(self) -> int:
-    """The most tokens that a step takes the place of."""
-    return len(self.end) - 1
-
   def begin(self, view: View) -> dict:
     zero_B = jnp.zeros_like(view.length_B)
     inside_B = zero_B == 0
     if self.start:
       before = view._replace(length_B=view.length_B - 1)
       last_B = jnp.take_along_axis(view.tokens_BS, before.length_B[:, None], axis=1)[:, 0]
-      inside_B = ends_with(before, last_B, self.start, zero_B)
+      inside_B = ends_with(before, last_B, self.start, 0)
     return {
       'phase_B': jnp.where(inside_B, THINKING, BEFORE),
       'begin_B': view.length_B,  # the first position of thinking
@@ -153,8 +161,8 @@ class ThinkBudget:
       'over_B': zero_B,  # tokens that its first one takes the place of
     }
 
-  def bias(self, state, numbers, view, z_BV):
-    del state, numbers, view
+  def bias(self, numbers, view, z_BV):
+    del numbers, view
     return z_BV
 
   def step(self, state, numbers, view, made: Step, stop_ids) -> tuple[dict, Step]:
@@ -212,7 +220,7 @@ class ThinkBudget:
 
     # ---- does thinking begin behind this token?
     if self.start:
-      opens_B = (state['phase_B'] == BEFORE) & ends_with(view, token_B, self.start, view.start_B)
+      opens_B = (state['phase_B'] == BEFORE) & ends_with(view, token_B, self.start, 0)
       phase_B = jnp.where(opens_B, THINKING, phase_B)
       begin_B = jnp.where(opens_B, after_B, begin_B)
     new = {
@@ -229,7 +237,6 @@ class Force:
 
   NUMBERS: ClassVar[tuple[str, ...]] = ('forced',)
   STRINGS: ClassVar[tuple[str, ...]] = ('text',)
-  furthest_back: ClassVar[int] = 0
 
   ids: tuple[int, ...]
 
@@ -245,8 +252,8 @@ class Force:
     del view
     return {}
 
-  def bias(self, state, numbers, view, z_BV):
-    del state, numbers, view
+  def bias(self, numbers, view, z_BV):
+    del numbers, view
     return z_BV
 
   def step(self, state, numbers, view, made: Step, stop_ids) -> tuple[dict, Step]:
@@ -269,7 +276,6 @@ class Forbid:
 
   NUMBERS: ClassVar[tuple[str, ...]] = ('forbidden',)
   STRINGS: ClassVar[tuple[str, ...]] = ('texts',)
-  furthest_back: ClassVar[int] = 0
 
   ids: tuple[int, ...]
 
@@ -288,8 +294,7 @@ class Forbid:
     del view
     return {}
 
-  def bias(self, state, numbers, view, z_BV):
-    del state
+  def bias(self, numbers, view, z_BV):
     count_B = numbers['forbidden']
     early_B = (count_B < 0) | (view.length_B - view.start_B < count_B)
     ids = jnp.asarray(self.ids, jnp.int32)

@@ -180,7 +180,6 @@ class Sampler:
       state = self._constrain(dataclasses.replace(state, controls=begun))
     if len(spec.controls) != len(state.controls or ()):
       raise ValueError('decode: the controls of a state are those of its first decode')
-    furthest = max((control.furthest_back for control in spec.controls), default=0)
     running, eos, length = (int(s) for s in records.Stop)
     limit_B = jnp.minimum(state.length_B + max_new, state.end_B)
     may = (state.stop_B != eos) & (state.length_B < limit_B)
@@ -199,25 +198,17 @@ class Sampler:
       )
       z_BV = ops.logits(hidden_B1D[:, 0], head_VD, bias_V, form)
       view = controls.View(state.tokens_BS, state.length_B, state.start_B)
-      pairs = list(zip(spec.controls, state.controls or (), strict=True))
-      for control, own in pairs:
-        z_BV = control.bias(own, state.numbers, view, z_BV)
+      for control in spec.controls:
+        z_BV = control.bias(state.numbers, view, z_BV)
       token_B, logp_B, weight_BV = drawing.draw(z_BV, uniforms(state.key_B, state.length_B), spec)
-      nothing_B = jnp.zeros_like(token_B)
-      made, after = controls.Step(token_B, nothing_B, nothing_B > 0), []
-      for control, own in pairs:
-        new, made = control.step(own, state.numbers, view, made, stop_ids)
-        after.append(jax.tree.map(lambda n, o: jnp.where(live, n, o), new, own))
-      token_B, back_B, written_B = made
+      (token_B, back_B, written_B), applied = controls.apply(
+        spec.controls, state.controls, state.numbers, view, token_B, stop_ids
+      )
+      applied = jax.tree.map(lambda n, o: jnp.where(live, n, o), applied, state.controls)
       # A stopped row writes outside the array, which drops the write.
       slot_B = jnp.where(live, state.length_B - back_B, S)
       put = lambda x, value: x.at[rows_B, slot_B].set(value, mode='drop')
       length_B = jnp.where(live, slot_B + 1, state.length_B)
-      source_BS, logp_BS = state.source_BS, state.logp_BS
-      for j in range(1, furthest):  # what was taken back beyond the new token belongs to nobody
-        gone_B = jnp.where(live & (j < back_B), slot_B + j, S)
-        source_BS = source_BS.at[rows_B, gone_B].set(jnp.int8(types.PROMPT), mode='drop')
-        logp_BS = logp_BS.at[rows_B, gone_B].set(0.0, mode='drop')
       source_B = jnp.where(written_B, types.ENVIRONMENT, types.POLICY).astype(jnp.int8)
       stop_B = jnp.where(live & (length_B >= limit_B), length, state.stop_B)
       is_stop = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1) & ~written_B
@@ -231,9 +222,9 @@ class Sampler:
         state,
         cache=cache,
         tokens_BS=put(state.tokens_BS, token_B),
-        source_BS=put(source_BS, source_B),
-        logp_BS=put(logp_BS, jnp.where(written_B, 0.0, logp_B)),
-        controls=tuple(after) if pairs else state.controls,
+        source_BS=put(state.source_BS, source_B),
+        logp_BS=put(state.logp_BS, jnp.where(written_B, 0.0, logp_B)),
+        controls=applied,
         length_B=length_B,
         stop_B=jnp.where(live & is_stop, eos, stop_B),
       )

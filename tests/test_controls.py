@@ -34,12 +34,11 @@ def run_all(applied, policy, numbers, cap=40, start=2):
   tokens_BS, start_B = jnp.full((1, start + cap), 99, jnp.int32), jnp.full(1, start, jnp.int32)
   numbers = {name: jnp.full(1, value, jnp.int32) for name, value in numbers.items()}
   first = controls.View(tokens_BS, start_B, start_B)
-  states, said, own = [control.begin(first) for control in applied], [], []
+  states, said, own = tuple(control.begin(first) for control in applied), [], []
   while len(said) < cap:
     view = controls.View(tokens_BS, start_B + len(said), start_B)
-    made = controls.Step(jnp.full(1, policy(said)), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool))
-    for i, control in enumerate(applied):
-      states[i], made = control.step(states[i], numbers, view, made, jnp.asarray([EOS]))
+    drawn_B = jnp.full(1, policy(said), jnp.int32)
+    made, states = controls.apply(applied, states, numbers, view, drawn_B, jnp.asarray([EOS]))
     keep, written = len(said) - int(made.back_B[0]), bool(made.written_B[0])
     said, own = [*said[:keep], int(made.token_B[0])], [*own[:keep], not written]
     tokens_BS = tokens_BS.at[0, start + keep].set(said[-1])
@@ -181,7 +180,7 @@ def test_strings_become_ids():
 class Pairs:
   """Tokens of several characters, as byte pairs have them."""
 
-  pieces = ('</', 'think', '>', '><', '.</', 'x', '>\n', 'thinking')
+  pieces = ('</', 'think', '>', '><', '.</', 'x', '>\n', 'thinking', 'axe')
   vocab_size = len(pieces)
 
   def encode(self, text):
@@ -194,7 +193,7 @@ class Pairs:
 
 def test_a_string_joined_to_what_is_beside_it():
   assert controls.pattern(Pairs(), '</think>') == ((0, 4), (1,), (2, 3, 6))
-  assert controls.pattern(Pairs(), 'x') == ((5,),)
+  assert controls.pattern(Pairs(), 'x') == ((5, 8),)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +286,8 @@ def test_an_end_that_another_control_wrote_stays():
   policy = lambda said: 20 if len(said) < 4 else EOS
   said, own = run_all((forced, budget), policy, numbers(ignores=2) | {'forced': -1})
   assert said == [10, CLOSE, 20, 20, EOS] and own == [False, False, True, True, True]
+  said, _ = run_all((controls.Force((10,)), controls.Force((11, 12))), policy, {'forced': -1})
+  assert said[:2] == [10, 12]  # the first that writes has the step
 
 
 def test_thinking_that_is_forced_to_begin_is_seen():
@@ -478,5 +479,7 @@ def test_force_and_forbid(sampler, params):
     n = r % 4
     assert said[:n] == [3, 5, 3][:n] and (source[:n] == types.ENVIRONMENT).all()
     assert (source[n:] == types.POLICY).all() and not {EOS, CLOSE} & set(said[:8])
+  never = generate(sampler, params, (forbid,), {'forbidden': -1})
+  assert not any({EOS, CLOSE} & set(said) for said, _, _ in rows_of(never))
   free = generate(sampler, params, (), {})
   assert any({EOS, CLOSE} & set(said[:8]) for said, _, _ in rows_of(free))

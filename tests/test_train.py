@@ -445,7 +445,7 @@ FORGETFUL.update({'min_p': 0.1, 'max_kept_tokens': 0})
     ('rl.env.controls', {'brake': {}}, "'brake' is not one of force, forbid, think_budget"),
     ('evaluation.budgets', common.budgets('max_think'), 'budgets.max_think allows 512 tokens'),
     ('evaluation.budgets', common.budgets('target'), 'budgets.target allows 512 tokens'),
-    ('evaluation.budgets', common.budgets('class'), 'the sentencepiece vocabulary has no .. Answer after a short amount'),
+    ('evaluation.budgets', common.budgets('class'), 'vocabulary has no .. Answer after a short'),
     ('evaluation.budgets', {'luck': {}}, "evaluation.budgets='luck' is not one of at_most, class"),
   ],
 )
