@@ -1,15 +1,16 @@
 """Sweeps of thinking budgets over seeds: accuracy against tokens, and how well budgets are kept.
 
   python experiments/budget_curves.py --runs=runs/s1 --to=experiments/s1_shuffled_objects \
-    --curves=base:pretrain:ignores,base:pretrain:rejection
+    --curves=base:pretrain:ignores,base:pretrain:rejection --also=token:sft:target
 
 The folder of a run is called <variant>-<seed>, as a sweep names it; a curve is
 variant:phase:method, the phase's last evaluation. Writes into --to:
 
     budgets.jsonl  every metric of every setting: one row for each variant, seed, phase, setting
     budgets.png    accuracy against mean tokens of thinking; and, where lengths were asked for, the
-                   tokens of the response against them. Means over seeds and their 95 % intervals
-    budgets.md     tables: the settings of every curve; Control, Scaling and Performance
+                   tokens of the response against them. Lines are means over seeds, dots are seeds
+    budgets.md     tables: the settings of every curve, and of those --also named; Control, Scaling
+                   and Performance
 
 An interval is that of the mean of n seeds, mean +- t(.975, n - 1) sd / sqrt(n).
 """
@@ -18,6 +19,7 @@ import itertools
 import json
 import math
 import pathlib
+import statistics
 from typing import Any
 
 import matplotlib.figure
@@ -59,8 +61,8 @@ def collect(runs) -> list[dict[str, Any]]:
   return found
 
 
-def curve(rows, name: str) -> dict[str, dict[str, tuple[float, float]]]:
-  """Setting -> metric -> mean over seeds and half width of its interval, of variant:phase:method.
+def curve(rows, name: str) -> dict[str, dict[str, list[float]]]:
+  """Setting -> metric -> its value for every seed, of variant:phase:method.
 
   Raises:
     UserError: there is no such curve.
@@ -74,10 +76,7 @@ def curve(rows, name: str) -> dict[str, dict[str, tuple[float, float]]]:
     for metric, value in row.items():
       if isinstance(value, int | float) and metric != 'seed':
         out.setdefault(row['setting'], {}).setdefault(metric, []).append(value)
-  return {
-    setting: {metric: seeds.interval(values) for metric, values in metrics.items()}
-    for setting, metrics in out.items()
-  }
+  return out
 
 
 def draw(curves, path: pathlib.Path) -> None:
@@ -91,16 +90,17 @@ def draw(curves, path: pathlib.Path) -> None:
   colours = dict(zip(curves, itertools.cycle(seeds.COLOURS), strict=False))
   for name, settings in curves.items():
     points = [found for setting, found in settings.items() if setting != 'all']
-    points.sort(key=lambda found: found['think_length'][0])
+    points.sort(key=lambda found: statistics.fmean(found['think_length']))
     tokens, accuracy = ([found[key] for found in points] for key in ('think_length', 'accuracy'))
-    _line(axes[0], [m for m, _ in tokens], accuracy, colours[name], name)
+    _line(axes[0], tokens, accuracy, colours[name], name)
   axes[0].set_title('Accuracy', loc='left', fontsize=11)
   axes[0].set_xlabel('mean tokens of thinking')
   axes[0].set_ylim(-0.02, 1.02)
   for name, settings in asked.items():
     numbers = sorted(int(setting) for setting in settings if setting != 'all')
     said = [settings[str(n)]['completion_length'] for n in numbers]
-    _line(axes[1], numbers, said, colours[name], name)
+    asked_for = [[n] * len(lengths) for n, lengths in zip(numbers, said, strict=True)]
+    _line(axes[1], asked_for, said, colours[name], name)
   if asked:
     axes[1].axline((0, 0), slope=1, color='#999999', lw=1, ls=':')
     axes[1].set_title('Tokens of the response', loc='left', fontsize=11)
@@ -114,12 +114,12 @@ def draw(curves, path: pathlib.Path) -> None:
   figure.savefig(path)
 
 
-def _line(axis, x, values, colour, label) -> None:
-  """Means with their intervals, where there are several seeds."""
-  bars = [half for _, half in values]
-  bars = None if any(map(math.isnan, bars)) else bars
-  means = [mean for mean, _ in values]
-  axis.errorbar(x, means, bars, fmt='o-', color=colour, ms=4, lw=1.2, capsize=2, label=label)
+def _line(axis, x, y, colour, label) -> None:
+  """A line through the means over seeds, and a dot for each seed."""
+  means = [[statistics.fmean(values) for values in each] for each in (x, y)]
+  axis.plot(*means, '-', color=colour, lw=1.6, label=label)
+  flat = [list(itertools.chain(*each)) for each in (x, y)]
+  axis.plot(*flat, 'o', color=colour, ms=3.5, alpha=0.55, mew=0)
 
 
 def tables(curves) -> str:
@@ -145,10 +145,10 @@ def tables(curves) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _cell(value: tuple[float, float] | None, digits: int) -> str:
-  if value is None:
+def _cell(values: list[float] | None, digits: int) -> str:
+  if values is None:
     return ''
-  mean, half = value
+  mean, half = seeds.interval(values)
   return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
 
 
@@ -156,15 +156,17 @@ def main(_) -> None:
   values, to = flags.FLAGS, pathlib.Path(flags.FLAGS.to)
   rows = collect(seeds.load(pathlib.Path(values.runs)))
   curves = {name: curve(rows, name) for name in values.curves}
+  every = curves | {name: curve(rows, name) for name in values.also}
   with open(to / 'budgets.jsonl', 'w', encoding='utf-8') as out:
     out.writelines(json.dumps(row) + '\n' for row in rows)
   draw(curves, to / 'budgets.png')
-  (to / 'budgets.md').write_text(tables(curves), encoding='utf-8')
-  print(tables(curves))
+  (to / 'budgets.md').write_text(tables(every), encoding='utf-8')
+  print(tables(every))
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('runs', '', 'Folder of the runs.')  # here: other programs have a --to as well
   flags.DEFINE_string('to', '', 'Folder to write to.')
   flags.DEFINE_list('curves', [], 'variant:phase:method, in the order in which they are shown.')
+  flags.DEFINE_list('also', [], 'Curves that only the tables show.')
   command_line.guarded(main, flags.FLAGS, '')
