@@ -9,15 +9,16 @@ r"""LCPO (arXiv 2503.04697): a model thinks for as many tokens as its prompt ask
   python -m reasonrl.main --config=configs/lcpo.py:debug           all phases, short
 
 Expected on two CPU cores (experiments/lcpo_shuffled_objects/ has the runs, three seeds):
-  the first      8 min; deviation from the target .10 after LCPO-Exact, accuracy from .36 to .77;
+  the first      18 min beside a second run; deviation from the target .10 after LCPO-Exact,
+                 accuracy from .36 to .77;
                  LCPO-Max, asked for at most 40, spends 28 tokens and is right in .98
   :smollm2       see experiments/length_smollm2/
   :debug         half a minute; no more than a check that everything runs
   :math          for a larger model and machine: tried for two steps, with problems made up
 
 The tiny runs deviate from the paper. Their alpha n_gold is 4 and not 1.2: a right answer needs 18
-tokens here, whatever the problem, and with 1.2 it would pay more to be right in 18 than to keep to 6.
-LCPO-Max is then flat from 5 tokens below its maximum on. There is no KL term, rollouts are at
+tokens here, whatever the problem, and with 1.2 it would pay more to be right in 18 than to keep to
+6. LCPO-Max is then flat from 5 tokens below its maximum on. There is no KL term, rollouts are at
 temperature 1, and before LCPO the model learns from its own labelled samples what a target is.
 """
 
@@ -148,8 +149,8 @@ def smollm2():
   config.exact = common.reinforce('grpo', learning_rate=1e-5)
   config.exact.augmentations = common.augmentations('length_target')
   config.exact.augmentations.length_target.update(min_tokens=16, max_tokens=48, step=4)
-  config.exact.steps = 40
-  config.exact.prompts_per_step = 8
+  config.exact.steps = 20
+  config.exact.prompts_per_step = 4
   config.exact.env.num_generations = 8
   config.exact.env.max_completion_length = 64
   config.exact.row_length = 192

@@ -193,10 +193,11 @@ def augment(augmentations, seed: int, example: records.Example) -> records.Examp
 
 
 def imagined(augmentations, seed: int, example: records.Example) -> records.Example:
-  """`augment` before anything is collected: a label counts characters. To train a tokenizer on."""
+  """`augment` before anything is collected, with made-up labels: to train a tokenizer on."""
   for augmentation in augmentations:
     if isinstance(augmentation, LengthLabel):
-      example = augmentation.labelled(example, len(example.solution or ''))
+      n = 1 << example.index % 16 if augmentation.power_of_two else example.index + 1
+      example = augmentation.labelled(example, n)
     else:
       example = augmentation(seed, example)
   return example

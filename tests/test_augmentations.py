@@ -74,10 +74,16 @@ def test_what_was_collected_is_labelled_and_not_augmented_again():
 
 
 def test_what_a_tokenizer_is_trained_on():
+  """Every digit that a label may have is in it."""
   label, end = augmentation('length_label', power_of_two=False), augmentation('suffix', text=' Go.')
-  made_up = dataclasses.replace(numbered(0), solution='12 characters')
-  text = augmentations.imagined((label, end), 3, made_up).problem
+  text = augmentations.imagined((label, end), 3, numbered(12)).problem
   assert text == '7 + 5?\n\nThink for up to 13 tokens. Go.'
+  texts = [augmentations.imagined((label,), 3, numbered(i)).problem for i in range(100)]
+  assert set('0123456789') <= set(''.join(texts))
+  powers = (augmentation('length_label'),)
+  powers = [augmentations.imagined(powers, 3, numbered(i)) for i in range(20)]
+  found = {int(each.problem.split()[-2]) for each in powers}
+  assert found == {1 << n for n in range(16)}
 
 
 def test_the_most_that_is_asked_for():
