@@ -62,7 +62,7 @@ def tiny():
   config.rewards.repetition.ngram = 4
 
   config.pretrain = common.supervised(learning_rate=3e-3)
-  config.pretrain.steps = 1000
+  config.pretrain.steps = 2000  # after 1,000 no pass is right: there is nothing to reward
   config.pretrain.row_length = 96
   config.pretrain.rows_per_batch = 16
   config.pretrain.optim.schedule = 'cosine'
