@@ -66,6 +66,22 @@ def load(folder: pathlib.Path) -> dict[str, dict[str, list[dict]]]:
   return dict(found)
 
 
+def reinforcing(runs: dict[str, dict[str, list[dict]]]) -> dict[str, dict[str, list[dict]]]:
+  """The variants that have such a phase: a base that others start from has none.
+
+  Raises:
+    UserError: none has.
+  """
+  found = {
+    variant: of_seed
+    for variant, of_seed in runs.items()
+    if all(any('reward' in row for row in rows) for rows in of_seed.values())
+  }
+  if not found:
+    raise records.UserError(f'no phase reinforces in {", ".join(runs)}')
+  return found
+
+
 def reinforced(rows: list[dict]) -> tuple[list[dict], list[dict]]:
   """Training rows of the phase that reinforces, and evaluations from just before it on."""
   train = [row for row in rows if row['kind'] == 'train' and 'reward' in row]
@@ -135,7 +151,7 @@ def table(runs) -> str:
 
 
 def main(_) -> None:
-  runs, to = load(pathlib.Path(flags.FLAGS.runs)), pathlib.Path(flags.FLAGS.to)
+  runs, to = reinforcing(load(pathlib.Path(flags.FLAGS.runs))), pathlib.Path(flags.FLAGS.to)
   with open(to / 'evaluations.jsonl', 'w', encoding='utf-8') as out:
     for variant, seeds in runs.items():
       for seed, rows in seeds.items():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from reasonrl import records
 from reasonrl.experiments import seeds
 
 
@@ -40,6 +41,10 @@ def test_what_is_written(tmp_path):
     'my-run': ['0', '1', '2'],
     'other': ['0'],
   }
+  base = {'base': {'0': [{'kind': 'train', 'step': 1, 'loss': 1.0}]}}
+  assert seeds.reinforcing(runs | base) == runs
+  with pytest.raises(records.UserError, match='no phase reinforces in base'):
+    seeds.reinforcing(base)
   steps, values = seeds.across(runs['my-run'], 1, 'eval/sampled/accuracy')
   assert steps == [0, 2]  # of the phase, from just before it on
   assert values[1] == pytest.approx((0.8, 0.248417), abs=1e-5)
