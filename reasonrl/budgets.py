@@ -27,9 +27,9 @@ import numpy as np
 
 from reasonrl import augmentations, records, stats
 
-# (environment, augmentations, problems, attempt) -> `evaluation.outcomes` of these test problems,
-# in their order; all processes call it alike.
-Roll = Callable[[Any, tuple, np.ndarray, int], dict[str, np.ndarray]]
+# (setting, problems, attempt) -> `evaluation.outcomes` of these test problems, in their order; all
+# processes call it alike.
+Roll = Callable[['Setting', np.ndarray, int], dict[str, np.ndarray]]
 
 
 class Setting(NamedTuple):
@@ -277,7 +277,7 @@ def sweep(method, env, added: tuple, problems: int, roll: Roll) -> dict[str, flo
 
 def _measure(setting: Setting, retries: int | None, problems: int, roll: Roll):
   """The outcomes of a setting, and which of them were not accepted: bool [R]."""
-  table = roll(setting.env, setting.added, np.arange(problems), 0)
+  table = roll(setting, np.arange(problems), 0)
   columns = ('group', 'right', 'stop', 'think_length', 'completion_length')
   table = {name: table[name] for name in columns}
   none_R = np.zeros(table['group'].size, bool)
@@ -287,7 +287,7 @@ def _measure(setting: Setting, retries: int | None, problems: int, roll: Roll):
     again = np.flatnonzero(table['think_length'] > setting.most)
     if not again.size:
       break
-    new = roll(setting.env, setting.added, again, attempt)
+    new = roll(setting, again, attempt)
     for name, column in table.items():
       column[again] = new[name] if name != 'group' else again
   return table, table['think_length'] > setting.most

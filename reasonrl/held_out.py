@@ -78,15 +78,17 @@ def make_evaluate(setup: wiring.Setup):
         setup.prompt(example)
   correct, vote = setup.evaluation.correct, voter(setup, found)
 
-  def roll(stage, named, env, added, problems, attempt):
-    """`budgets.Roll`, of the test examples."""
-    score = tooling.make_window_score(setup, stage.phase.learner, env)
+  def roll(stage, named, name, shown, setting, problems, attempt):
+    """`budgets.Roll` of a method, on the test examples; its first transcript goes into `shown`."""
+    score = tooling.make_window_score(setup, stage.phase.learner, setting.env)
     mine = [int(p) for p in problems if p % n == jax.process_index()]
-    asked = setup.augmented([found[p] for p in mine or [0]], added)  # all processes sample
+    asked = setup.augmented([found[p] for p in mine or [0]], setting.added)  # all sample
     tools = tooling.make_tools(stage, 'eval', lambda: asked, score)
-    table = evaluation.outcomes(
-      env.rollout(tools, named, attempt), tools.tokenizer, tools.prefill, correct
-    )
+    experience = setting.env.rollout(tools, named, attempt)
+    if not attempt:
+      sample = evaluation.transcripts(experience, None, 1, correct)[0]
+      shown.append({'mode': f'{name}={setting.name}', **sample})
+    table = evaluation.outcomes(experience, tools.tokenizer, tools.prefill, correct)
     every, place = sharding.gather(mine), [divmod(int(g), n) for g in table['group']]
     problem = [every[process][i] if every[process] else -1 for i, process in place]
     table['group'] = np.asarray(problem)
@@ -102,15 +104,15 @@ def make_evaluate(setup: wiring.Setup):
     metrics, experiences = evaluation.evaluate(
       setup.evaluation, env, tools, named, vote and functools.partial(vote, tally=stage.tally)
     )
-    for name, method in setup.budgets.items() if last else ():
-      rows = functools.partial(roll, stage, named)
-      swept = budgets.sweep(method, env, setup.evaluation_augmentations, count, rows)
-      metrics |= {f'eval/{name}/{metric}': value for metric, value in swept.items()}
     shown = [
       {'mode': mode, **sample}
       for mode, experience in experiences.items()
       for sample in evaluation.transcripts(experience, None, setup.config.log.transcripts, correct)
     ]
+    for name, method in setup.budgets.items() if last else ():
+      rows = functools.partial(roll, stage, named, name, shown)
+      swept = budgets.sweep(method, env, setup.evaluation_augmentations, count, rows)
+      metrics |= {f'eval/{name}/{metric}': value for metric, value in swept.items()}
     return metrics, shown
 
   return evaluate

@@ -121,8 +121,8 @@ def test_a_sweep_by_hand():
   """Thinking 1000, 2000, 4000 with .3, .4, .45 right: slopes 1e-4, 5e-5, 2.5e-5 (methods text)."""
   said = {'1500': (1000, 60), '2000': (2000, 80), '3000': (4000, 90)}
 
-  def roll(env, added, problems, attempt):
-    think, right = said[str(budget(env)['max_think'])]
+  def roll(setting, problems, attempt):
+    think, right = said[str(budget(setting.env)['max_think'])]
     assert problems.size == 200 and attempt == 0
     return outcomes(np.arange(200) < right, np.full(200, think))
 
@@ -142,8 +142,8 @@ def test_a_sweep_by_hand():
 def test_lengths_against_what_was_asked(counts):
   """90 and 110 tokens of 100: 0 off in the mean, 10 % each; 109 and 131 of 120 likewise."""
 
-  def roll(env, added, problems, attempt):
-    mean = int(added[-1].text[1:])
+  def roll(setting, problems, attempt):
+    mean = int(setting.added[-1].text[1:])
     off = 10 if mean == 100 else 11
     lengths, other = [mean - off, mean + off], [5, 999]
     think, response = (other, lengths) if counts == 'response' else (lengths, other)
@@ -165,7 +165,7 @@ def test_class_conditional_control_counts_two_orders():
   lengths = {True: (5, 9, 12), False: (5, 4, 3)}
   for rising, want in ((True, 1.0), (False, 0.0)):
     says = iter(lengths[rising])
-    roll = lambda env, added, problems, attempt, says=says: outcomes([1, 0], [next(says)] * 2)
+    roll = lambda setting, problems, attempt, says=says: outcomes([1, 0], [next(says)] * 2)
     assert budgets.sweep(method('class'), environment(), (), 2, roll)['control'] == want
 
 
@@ -173,9 +173,9 @@ def test_rejection_samples_what_is_too_long_again():
   """Problem 0 is short at once, 1 on the second try and 2 never: right, right, right but late."""
   asked = []
 
-  def roll(env, added, problems, attempt):
+  def roll(setting, problems, attempt):
     asked.append((problems.tolist(), attempt))
-    assert (env.temperature, env.num_generations) == (1.0, 1)
+    assert (setting.env.temperature, setting.env.num_generations) == (1.0, 1)
     think = {0: [4], 1: [9, 3], 2: [9, 8, 7]}
     found = outcomes(np.ones(problems.size), [think[p][attempt] for p in problems], group=problems)
     return found | ({} if attempt else {'reward/lcpo/exact/right': np.ones(3)})  # not every time

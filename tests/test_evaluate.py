@@ -80,6 +80,9 @@ def test_a_sweep_of_budgets(run):
     assert row[f'eval/max_think/{n}/think_length'] <= n and row[f'eval/max_think/{n}/within'] == 1
   assert row['eval/max_think/control'] == 1.0
   assert row['eval/rejection/2/failed'] == 1 - row['eval/rejection/2/within']
+  shown = [json.loads(line) for line in (run.parent / 'swept/rollouts.jsonl').open()]
+  modes = [row['mode'] for row in shown]
+  assert modes[-4:] == ['ignores=0', 'max_think=1', 'max_think=3', 'rejection=2']
   for text in ('max_think', 'Control 100%', 'Scaling', 'Performance', 'failed'):
     assert text in done.stdout, text
 
@@ -95,7 +98,7 @@ def test_a_sweep_of_budgets(run):
     (('--workdir=first', '--config.evaluation.num_exampels=3'), "did you mean 'num_examples'?"),
     (('--config=configs/r1_zero.py', '--model=missing.gguf'), 'missing.gguf'),
     (('--workdir=first', '--distributed'), '--distributed needs --to'),
-    (('--workdir=first', '--sweep=think=4'), "'think' is not one of class, ignores, max_think"),
+    (('--workdir=first', '--sweep=think=4'), "'think' is not one of at_most, class, ignores"),
     (('--workdir=first', '--sweep=max_think'), 'give it as max_think=4,8,16'),
     (('--workdir=first', '--sweep=class=4'), 'give it as class'),
     (('--workdir=first', '--sweep=max_think=a'), "'a' are not numbers"),
