@@ -89,6 +89,7 @@ def conditional(config, unit: str, method: str, numbers):
   config.sft.steps = 400
   config.sft.row_length = 96
   config.sft.rows_per_batch = 16
+  config.evaluation.env.num_generations = 1
   config.evaluation.budgets = common.budgets(method, f'{method}_forced')
   for section in config.evaluation.budgets.values():
     section.update(numbers=numbers, template=template)
