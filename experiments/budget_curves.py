@@ -7,8 +7,8 @@ The folder of a run is called <variant>-<seed>, as a sweep names it; a curve is
 variant:phase:method, the phase's last evaluation. Writes into --to:
 
     budgets.jsonl  every metric of every setting: one row for each variant, seed, phase, setting
-    budgets.png    accuracy against mean tokens of thinking; and, where lengths were asked for, the
-                   tokens of the response against them. Lines are means over seeds, dots are seeds
+    budgets.png    accuracy against mean tokens of thinking; and for the curves of --asked tokens of
+                   the response against tokens asked for. Lines are means over seeds, dots seeds
     budgets.md     tables: the settings of every curve, and of those --also named; Control, Scaling
                    and Performance
 
@@ -79,12 +79,7 @@ def curve(rows, name: str) -> dict[str, dict[str, list[float]]]:
   return out
 
 
-def draw(curves, path: pathlib.Path) -> None:
-  asked = {
-    name: settings
-    for name, settings in curves.items()
-    if name.endswith((':target', ':at_most', ':target_forced'))
-  }
+def draw(curves, asked, path: pathlib.Path) -> None:
   figure = matplotlib.figure.Figure(figsize=(6.2 * (1 + bool(asked)), 4.4), dpi=110)
   axes = figure.subplots(1, 1 + bool(asked), squeeze=False)[0]
   colours = dict(zip(curves, itertools.cycle(seeds.COLOURS), strict=False))
@@ -159,7 +154,7 @@ def main(_) -> None:
   every = curves | {name: curve(rows, name) for name in values.also}
   with open(to / 'budgets.jsonl', 'w', encoding='utf-8') as out:
     out.writelines(json.dumps(row) + '\n' for row in rows)
-  draw(curves, to / 'budgets.png')
+  draw(curves, {name: curve(rows, name) for name in values.asked}, to / 'budgets.png')
   (to / 'budgets.md').write_text(tables(every), encoding='utf-8')
   print(tables(every))
 
@@ -168,5 +163,6 @@ if __name__ == '__main__':
   flags.DEFINE_string('runs', '', 'Folder of the runs.')  # here: other programs have a --to as well
   flags.DEFINE_string('to', '', 'Folder to write to.')
   flags.DEFINE_list('curves', [], 'variant:phase:method, in the order in which they are shown.')
+  flags.DEFINE_list('asked', [], 'Those of --curves that ask for tokens of the response.')
   flags.DEFINE_list('also', [], 'Curves that only the tables show.')
   command_line.guarded(main, flags.FLAGS, '')

@@ -41,7 +41,7 @@ def test_means_and_intervals_by_hand(tmp_path):
   given, to = runs(tmp_path / 'runs'), tmp_path / 'out'
   to.mkdir()
   curves = '--curves=lcpo:pretrain:target,lcpo:exact:target'
-  done = program(f'--runs={given}', f'--to={to}', curves)
+  done = program(f'--runs={given}', f'--to={to}', curves, '--asked=lcpo:exact:target')
   assert done.returncode == 0, done.stderr
   text = (to / 'budgets.md').read_text()
   assert done.stdout.strip() == text.strip()
