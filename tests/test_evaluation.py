@@ -325,7 +325,7 @@ def test_evaluate_greedy_and_sampled():
   assert found['sampled'].reward_R.size == 6 and found['greedy'].reward_R.size == 3
 
 
-def test_accuracy_by_a_fact_of_the_examples():
+def test_accuracy_and_length_by_a_fact_of_the_examples():
   settings = evaluation.Evaluation(num_examples=3, correct='accuracy', by='level')
   tools = types.Tools(*[None] * len(dataclasses.fields(types.Tools)))
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
@@ -333,4 +333,6 @@ def test_accuracy_by_a_fact_of_the_examples():
   assert {name: value for name, value in metrics.items() if '=' in name} == {
     **{'eval/greedy/accuracy/level=easy': 0.0, 'eval/greedy/accuracy/level=hard': 1.0},
     **{'eval/sampled/accuracy/level=easy': 0.0, 'eval/sampled/accuracy/level=hard': 0.5},
+    **{f'eval/greedy/completion_length/level={level}': 2.0 for level in ('easy', 'hard')},
+    **{f'eval/sampled/completion_length/level={level}': 2.0 for level in ('easy', 'hard')},
   }
