@@ -42,7 +42,7 @@ def text(algorithm, **section) -> str:
     ('maxrl', ['(R_i - mean of its group) / (mean of its group)']),
     ('gdpo', ['z of the batch of sum_k w_k z_ik']),
     ('grpo_n', ['times 0 where positive, 1 where negative']),
-    ('reinforce_clip', ['A  ', 'R_i, the same on every token, plus', 'single tokens; then whitened']),
+    ('reinforce_clip', ['A  ', 'R_i, the same on every token, plus', 'tokens; then whitened']),
   ],
 )
 def test_cards_of_presets(preset, parts):
