@@ -5,8 +5,8 @@
   python -m reasonrl.main --config=configs/cosine.py:variant_a     the paper's A: long and right
   python -m reasonrl.main --config=configs/cosine.py:debug         the first, short
 
-Expected on two CPU cores (experiments/cosine_shuffled_objects/ has the runs, three seeds):
-EXPECTED_COSINE
+The runs of experiments/cosine_shuffled_objects/ are still to come; a run is about four minutes on
+two CPU cores, :debug half a minute.
 """
 
 from reasonrl.configs import common

@@ -12,7 +12,7 @@ Expected on two CPU cores (experiments/lcpo_shuffled_objects/ has the runs, thre
   the first      18 min beside a second run; deviation from the target .10 after LCPO-Exact,
                  accuracy from .36 to .77;
                  LCPO-Max, asked for at most 40, spends 28 tokens and is right in .98
-  :smollm2       see experiments/length_smollm2/
+  :smollm2       not run yet
   :debug         half a minute; no more than a check that everything runs
   :math          for a larger model and machine: tried for two steps, with problems made up
 
