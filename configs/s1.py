@@ -10,7 +10,8 @@ Expected on two CPU cores (experiments/s1_shuffled_objects/ has the runs, three 
   the first      5 min beside a second run; greedy accuracy from .26 to .99 where two ends of
                  thinking are replaced by 'Wait', .20 where four are
   :token, :step  5 min beside a second run
-  :smollm2       see experiments/length_smollm2/
+  :smollm2       22 min beside other work; accuracy .23 as it is, less with more thinking
+                 (experiments/length_smollm2/)
   :debug         half a minute; no more than a check that everything runs
 """
 
