@@ -289,7 +289,7 @@ def _measure(setting: Setting, retries: int | None, problems: int, roll: Roll):
       break
     new = roll(setting, again, attempt)
     for name, column in table.items():
-      column[again] = new[name] if name != 'group' else again
+      column[again] = new[name]
   return table, table['think_length'] > setting.most
 
 

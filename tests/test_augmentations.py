@@ -61,6 +61,9 @@ def test_labels_say_how_long_the_sampled_solution_is():
   assert powers == ['1', '1', '2', '4', '4', '8', '8', '16']
   with pytest.raises(records.UserError, match='sums/train/0 was not collected by a phase'):
     label(3, numbered(0))
+  asked = augmentation('length_target')(3, three)
+  with pytest.raises(records.UserError, match='sums/train/0 was collected under a length target'):
+    label(3, asked)
 
 
 def test_what_was_collected_is_labelled_and_not_augmented_again():

@@ -54,6 +54,10 @@ def test_budget_forcing_is_a_control_with_one_number_changed():
   assert all((s.env.temperature, s.env.num_generations) == (0.0, 1) for s in found)
   assert all(s.judged == 'think_length' and math.isnan(s.target) for s in found)
   assert env.controls == {}  # of the plain evaluation
+  several = environment(num_generations=16)
+  for temperature, samples in ((0.0, 1), (0.6, 16)):  # greedy ones would all be the same
+    (s,) = method('max_think', numbers=(4,), temperature=temperature).settings(several, ())
+    assert s.env.num_generations == samples
   forcing = environment(controls={'force': {'text': 'a', 'forced': 1}})
   (s,) = method('max_think', numbers=(9,), ignores=3).settings(forcing, ())
   assert s.env.controls['force'] == {'text': 'a', 'forced': 1}
@@ -162,9 +166,9 @@ def test_lengths_against_what_was_asked(counts):
 
 
 def test_class_conditional_control_counts_two_orders():
-  lengths = {True: (5, 9, 12), False: (5, 4, 3)}
-  for rising, want in ((True, 1.0), (False, 0.0)):
-    says = iter(lengths[rising])
+  lengths = {1.0: (5, 9, 12), 0.5: (5, 9, 8), 0.0: (5, 4, 3)}
+  for want, thought in lengths.items():
+    says = iter(thought)
     roll = lambda setting, problems, attempt, says=says: outcomes([1, 0], [next(says)] * 2)
     assert budgets.sweep(method('class'), environment(), (), 2, roll)['control'] == want
 

@@ -88,6 +88,7 @@ def test_parts_by_hand():
   assert [part('within_10', n) for n in (899, 900, 1100, 1101)] == [0, 1, 1, 0]
   assert [part('over', n) for n in (400, 1500, 1501)] == [0, 0, 1]
   assert part('over', 1001, violation_tokens=0) == 1
+  assert [part('far', n) for n in (499, 500, 1500, 1501)] == [1, 0, 0, 1]
   assert part('length_error', 1500) == part('deviation', 1500) == 0.5
 
 
