@@ -105,6 +105,27 @@ def model(size: str) -> ConfigDict:
   return ConfigDict({**_llama(), **_SIZES[size]})
 
 
+def nano_shuffled_objects(name: str) -> ConfigDict:
+  """`base` with a nano decoder, twelve swaps, and a section `pretrain` to learn their solutions."""
+  config = base(name)
+  config.models.policy = model('nano')
+  config.tokenizer = tokenizer('sentencepiece')
+  config.tokenizer.model_type = 'char'  # one token per swap, cup and tag
+  config.tokenizer.byte_fallback = False
+  config.task = shuffled_objects(num_swaps=12)
+  config.prompt = prompt('plain')
+  config.prompt.add_bos = True
+  config.prompt.max_length = 16
+  config.pretrain = supervised(learning_rate=3e-3)
+  config.pretrain.steps = 1000
+  config.pretrain.row_length = 96
+  config.pretrain.rows_per_batch = 16
+  config.pretrain.optim.schedule = 'cosine'
+  config.pretrain.optim.warmup_steps = 50
+  config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
+  return config
+
+
 # Two worked examples show the format; a 135M model does not follow a description of it.
 _TWO_SUMS = """What is three plus four?
 <think>3 + 4 = 7</think><answer>7</answer>

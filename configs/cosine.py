@@ -44,33 +44,19 @@ def get_config(arg=''):
 def tiny():
   """A nano decoder tracks a ball in 32 tokens: enough for the three passes that make it right, 29,
   and for three of the fillers between them."""
-  config = common.base('cosine')
+  config = common.nano_shuffled_objects('cosine')
   config.phases = ('pretrain', 'rl')
-  config.models.policy = common.model('nano')
-  config.tokenizer = common.tokenizer('sentencepiece')
-  config.tokenizer.model_type = 'char'
-  config.tokenizer.byte_fallback = False
-  config.task = common.shuffled_objects(num_swaps=12)
   config.task.strides = (4, 2, 1)
   config.task.stride_weights = (1.0, 0.0, 0.0)
   config.task.wait_probability = 0.5
   config.task.trace_filler_probability = 0.2
-  config.prompt = common.prompt('plain')
-  config.prompt.add_bos = True
-  config.prompt.max_length = 16
   config.rewards = common.rewards(cosine=1.0, repetition=1.0, accuracy=0.0)
   config.rewards.accuracy.require_stop = True
   config.rewards.cosine.require_stop = True
   config.rewards.cosine.margin = 0
   config.rewards.repetition.ngram = 4
 
-  config.pretrain = common.supervised(learning_rate=3e-3)
   config.pretrain.steps = 2000  # after 1,000 no pass is right: there is nothing to reward
-  config.pretrain.row_length = 96
-  config.pretrain.rows_per_batch = 16
-  config.pretrain.optim.schedule = 'cosine'
-  config.pretrain.optim.warmup_steps = 50
-  config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
 
   config.rl = common.reinforce('grpo', learning_rate=3e-4)
   config.rl.steps = 100

@@ -80,32 +80,19 @@ def get_config(arg=''):
 
 def tiny():
   """A nano decoder that tracks a ball through twelve swaps, in up to forty tokens."""
-  config = common.base('lcpo')
+  config = common.nano_shuffled_objects('lcpo')
   config.phases = ('pretrain', 'collect', 'sft', 'exact', 'max')
-  config.models.policy = common.model('nano')
-  config.tokenizer = common.tokenizer('sentencepiece')
-  config.tokenizer.model_type = 'char'
-  config.tokenizer.byte_fallback = False
-  config.task = common.shuffled_objects(num_swaps=12)
   # All lengths are there to be chosen: strides, passes and fillers.
   config.task.stride_weights = (0.1, 0.1, 0.2, 0.6)
   config.task.wait_probability = 0.5
   config.task.trace_filler_probability = 0.25
   config.task.direct_filler_probability = 0.7
-  config.prompt = common.prompt('plain')
-  config.prompt.add_bos = True
   config.prompt.max_length = 24
   config.rewards = common.rewards(lcpo=1.0, accuracy=0.0)
   config.rewards.lcpo.alpha = 0.1
   config.rewards.lcpo.violation_tokens = 5
 
-  config.pretrain = common.supervised(learning_rate=3e-3)
   config.pretrain.steps = 1500
-  config.pretrain.row_length = 96
-  config.pretrain.rows_per_batch = 16
-  config.pretrain.optim.schedule = 'cosine'
-  config.pretrain.optim.warmup_steps = 50
-  config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
 
   # What a request for tokens means: its own right samples, labelled with their lengths. Also the
   # baseline that the paper calls supervised.

@@ -20,6 +20,7 @@ VARIANTS = {
   'smollm2': 'SmolLM2-135M-Instruct learns sums',
 }
 
+
 def get_config(arg=''):
   """The experiment; `arg` is a key of VARIANTS."""
   variant = common.parse(arg, VARIANTS)
@@ -37,27 +38,13 @@ def get_config(arg=''):
 
 def tiny():
   """A nano decoder that tracks a ball through twelve swaps."""
-  config = common.base('r1_zero')
+  config = common.nano_shuffled_objects('r1_zero')
   config.phases = ('pretrain', 'rl')
-  config.models.policy = common.model('nano')
-  config.tokenizer = common.tokenizer('sentencepiece')
-  config.tokenizer.model_type = 'char'  # one token per swap, cup and tag
-  config.tokenizer.byte_fallback = False
-  config.task = common.shuffled_objects(num_swaps=12)
-  config.prompt = common.prompt('plain')
-  config.prompt.add_bos = True
-  config.prompt.max_length = 16
   # An empty think span is well-formed here: thinking grows only because it makes answers right.
   config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
   config.rewards.r1_format.allow_empty_think = True
 
-  config.pretrain = common.supervised(learning_rate=3e-3)
-  config.pretrain.steps = 1000
   config.pretrain.row_length = 64
-  config.pretrain.rows_per_batch = 16
-  config.pretrain.optim.schedule = 'cosine'
-  config.pretrain.optim.warmup_steps = 50
-  config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
 
   config.rl = common.reinforce('grpo', learning_rate=3e-4)
   config.rl.steps = 60

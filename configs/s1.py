@@ -44,31 +44,17 @@ def get_config(arg=''):
 
 def tiny():
   """A nano decoder tracks a ball: in steps of four swaps, and where it starts over, finer ones."""
-  config = common.base('s1')
+  config = common.nano_shuffled_objects('s1')
   config.phases = ('pretrain',)
-  config.models.policy = common.model('nano')
-  config.tokenizer = common.tokenizer('sentencepiece')
-  config.tokenizer.model_type = 'char'
-  config.tokenizer.byte_fallback = False
-  config.task = common.shuffled_objects(num_swaps=12)
   # A coarse pass; behind it often 'Wait' and a finer one, but less often than not: greedy, it says
   # one. The last pass has the answer.
   config.task.strides = (4, 2, 1)
   config.task.stride_weights = (1.0, 0.0, 0.0)
   config.task.wait_probability = 0.4
   config.task.trace_filler_probability = 0.0
-  config.prompt = common.prompt('plain')
-  config.prompt.add_bos = True
-  config.prompt.max_length = 16
   config.rewards = common.rewards(accuracy=1.0)
 
-  config.pretrain = common.supervised(learning_rate=3e-3)
   config.pretrain.steps = 2000
-  config.pretrain.row_length = 96
-  config.pretrain.rows_per_batch = 16
-  config.pretrain.optim.schedule = 'cosine'
-  config.pretrain.optim.warmup_steps = 50
-  config.pretrain.optim.weight_decay = ((r'scale|bias', 0.0), (r'.*', 0.01))
 
   config.evaluation = common.evaluation()
   config.evaluation.env.max_completion_length = 80
