@@ -59,6 +59,25 @@ def apply(controls, states, numbers, view: View, token_B, stop_ids):
   return made, tuple(after) if controls else states
 
 
+class Control:
+  """One that does nothing; the others say what they do instead."""
+
+  def begin(self, view: View) -> dict:
+    """The state before the first token of a completion: arrays with an entry per row."""
+    del view
+    return {}
+
+  def bias(self, numbers, view: View, z_BV):
+    """The logits to draw from."""
+    del numbers, view
+    return z_BV
+
+  def step(self, state, numbers, view: View, made: Step, stop_ids) -> tuple[dict, Step]:
+    """The state after this token, and what is written: `made`, or something in its place."""
+    del numbers, view, stop_ids
+    return state, made
+
+
 # Token ids that may stand at each place of a string.
 Pattern = tuple[tuple[int, ...], ...]
 
@@ -101,7 +120,7 @@ def _padded(strings: list[tuple[int, ...]]):
 
 
 @dataclasses.dataclass(frozen=True)
-class ThinkBudget:
+class ThinkBudget(Control):
   """Budget forcing: thinking of at most `max_think` and at least `min_think` tokens.
 
   Thinking begins behind `start`, which the prompt may end with, and ends with `end` or a stop id.
@@ -160,10 +179,6 @@ class ThinkBudget:
       'at_B': zero_B,
       'over_B': zero_B,  # tokens that its first one takes the place of
     }
-
-  def bias(self, numbers, view, z_BV):
-    del numbers, view
-    return z_BV
 
   def step(self, state, numbers, view, made: Step, stop_ids) -> tuple[dict, Step]:
     strings = (self.wait, self.final, self.end_ids)
@@ -232,7 +247,7 @@ class ThinkBudget:
 
 
 @dataclasses.dataclass(frozen=True)
-class Force:
+class Force(Control):
   """A completion begins with `ids`: the first `forced` of them, a number; below 0: all."""
 
   NUMBERS: ClassVar[tuple[str, ...]] = ('forced',)
@@ -248,14 +263,6 @@ class Force:
   def of(cls, tokenizer, text: str) -> Force:
     return cls(tuple(tokenizer.encode(text)))
 
-  def begin(self, view: View) -> dict:
-    del view
-    return {}
-
-  def bias(self, numbers, view, z_BV):
-    del numbers, view
-    return z_BV
-
   def step(self, state, numbers, view, made: Step, stop_ids) -> tuple[dict, Step]:
     del stop_ids
     said_B = view.length_B - view.start_B
@@ -267,7 +274,7 @@ class Force:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forbid:
+class Forbid(Control):
   """`ids` are not drawn among the first `forbidden` tokens of a completion, a number; below 0: all.
 
   The log-probability of a token is then that of the draw without them, which a trainer that knows
@@ -290,19 +297,11 @@ class Forbid:
       raise records.UserError(f'controls.forbid.texts={texts!r} must be a tuple of strings')
     return cls(tuple(sorted({i for text in texts for i in tokenizer.encode(text)})))
 
-  def begin(self, view: View) -> dict:
-    del view
-    return {}
-
   def bias(self, numbers, view, z_BV):
     count_B = numbers['forbidden']
     early_B = (count_B < 0) | (view.length_B - view.start_B < count_B)
     ids = jnp.asarray(self.ids, jnp.int32)
     return z_BV.at[:, ids].add(jnp.where(early_B, -jnp.inf, 0.0)[:, None])
-
-  def step(self, state, numbers, view, made: Step, stop_ids) -> tuple[dict, Step]:
-    del numbers, view, stop_ids
-    return state, made
 
 
 # In the order in which they apply: what is forced may begin or end thinking.
