@@ -211,8 +211,11 @@ def make_tokenizer(config, task, asked: list[tuple], workdir: pathlib.Path):
     return tokenizers.load(workdir / 'tokenizer')
   cfg = tables.build(tokenizers.Settings, config.tokenizer)
   distinct = [added for i, added in enumerate(asked) if added not in asked[:i]]
-  examples = [task.example('train', i) for i in range(cfg.corpus_examples)]
-  problems = (augmentations.imagined(added, config.seed, e) for added in distinct for e in examples)
+  problems = (  # made only where a tokenizer is trained on them
+    augmentations.imagined(added, config.seed, task.example('train', i))
+    for added in distinct
+    for i in range(cfg.corpus_examples)
+  )
   texts = (text for e in problems for text in (e.problem, e.solution or ''))
   return tokenizers.build(cfg, texts, task.symbols)
 
