@@ -3,7 +3,8 @@
   python experiments/sweep.py --config=configs/cosine.py --to=runs/cosine \
     --sweep=experiments/cosine_shuffled_objects/sweep.py --max_parallel=2
 
-The bases come first in the list; an arm copies the base of its seed and goes on.
+The bases come first in the list, the arms of a seed after those of the seed before: an arm copies
+the base of its seed, which must have ended.
 """
 
 RUNS = 'runs/cosine'
@@ -12,8 +13,8 @@ RUNS = 'runs/cosine'
 def sweep(add):
   for seed in range(3):
     add(name=f'base-{seed}', config='configs/cosine.py', seed=seed, phases=('pretrain',))
-  for variant in ('', ':classic', ':variant_a'):
-    for seed in range(3):
+  for seed in range(3):
+    for variant in ('', ':classic', ':variant_a'):
       base = f'{RUNS}/base-{seed}'
       start = {'pretrain.steps': 0, 'pretrain.init': f'{base}/phases/pretrain'}
       start |= {'tokenizer.kind': 'saved', 'tokenizer.path': f'{base}/tokenizer'}
