@@ -34,6 +34,18 @@ class Out(NamedTuple):
   entropy: jax.Array
 
 
+class Scored(NamedTuple):
+  """What `Learner.score` says of scored tokens, float32 [B, M]: see `types.Scores`."""
+
+  logp: jax.Array
+  entropy: jax.Array
+  likeliest: jax.Array
+
+
+# Aux arrays that say what a token was drawn from: see kernels.policy_loss.
+SUPPORT = ('kept', 'barred', 'plain')
+
+
 @dataclasses.dataclass(frozen=True)
 class Term:
   """One summand of the loss.
@@ -129,7 +141,7 @@ class Learner:
     """grads + the gradient of this micro-batch's share of the loss; and its report."""
 
     def loss_fn(params):
-      hidden_MD, targets_M, kept_MK, aux = self._scored(params, batch)
+      hidden_MD, targets_M, support, aux = self._scored(params, batch)
       loss, report = 0.0, {'tokens': jnp.sum(aux['weight'] > 0)}
       for term, denominator in zip(self.terms, denominators, strict=True):
         total, metrics = ops.token_loss(
@@ -137,7 +149,7 @@ class Learner:
           self.model.head(params),
           ops.forbid(self.model.vocab_size, self.forbidden),
           targets_M,
-          kept_MK,
+          support,
           aux,
           functools.partial(weighted, term.token_loss),
           self.form,
@@ -177,20 +189,20 @@ class Learner:
     return self._constrain(new), {'grad_norm': grad_norm, 'finite': finite, 'skipped': new.skipped}
 
   @functools.partial(jax.jit, static_argnums=0)
-  def score(self, params, batch: types.Batch) -> Out:
-    """Log-probability and entropy of the scored tokens, [B, M] each; forward only."""
-    hidden_MD, targets_M, kept_MK, _ = self._scored(params, batch)
+  def score(self, params, batch: types.Batch) -> Scored:
+    """Log-probability, entropy and rank of the scored tokens, [B, M] each; forward only."""
+    hidden_MD, targets_M, support, _ = self._scored(params, batch)
     out = ops.token_logps(
       hidden_MD,
       self.model.head(params),
       ops.forbid(self.model.vocab_size, self.forbidden),
       targets_M,
-      kept_MK,
+      support,
       self.form,
       self.loss_chunk,
       self.mesh,
     )
-    return Out(*(x.reshape(batch.index_BM.shape) for x in out))
+    return Scored(*(x.reshape(batch.index_BM.shape) for x in out))
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def _prepared(self, prepare, params, batch: types.Batch) -> types.Batch:
@@ -199,7 +211,7 @@ class Learner:
     return dataclasses.replace(batch, aux={**batch.aux, **more})
 
   def _scored(self, params, batch):
-    """Hidden state before each scored token, the tokens, kept ids or None, aux: flat, [M, ...]."""
+    """Hidden state before each scored token, the tokens, their support, aux: flat, [M, ...]."""
     hidden_BTD, _ = self.model.hidden(
       params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None
     )
@@ -207,7 +219,8 @@ class Learner:
     targets_BM = jnp.take_along_axis(batch.tokens_BT, batch.index_BM, axis=1)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     aux = jax.tree.map(flat, batch.aux)
-    return flat(hidden_BMD), flat(targets_BM), aux.pop('kept', None), aux
+    support = {name: aux.pop(name) for name in SUPPORT if name in aux}
+    return flat(hidden_BMD), flat(targets_BM), support, aux
 
   def _constrain(self, tree):
     rules = self.model.sharding_rules

@@ -26,32 +26,33 @@ def forbid(vocab_size: int, ids) -> jax.Array:
   return jnp.zeros(vocab_size, jnp.float32).at[np.asarray(ids, np.int32)].set(-1e9)
 
 
-def token_logps(hidden_MD, head_VD, bias_V, targets_M, kept_MK, form, rows: int, mesh: Mesh):
-  """logp_M, entropy_M (float32): see `kernels.policy_loss.token_logps`. M divisible by the mesh."""
+def token_logps(hidden_MD, head_VD, bias_V, targets_M, support, form, rows: int, mesh: Mesh):
+  """logp_M, entropy_M, likeliest_M: see `kernels.policy_loss.token_logps`. M divisible by the mesh.
+  """
 
-  def run(hidden_MD, head_VD, bias_V, targets_M, kept_MK):
-    return policy_loss.token_logps(hidden_MD, head_VD, bias_V, targets_M, form, rows, kept_MK)
+  def run(hidden_MD, head_VD, bias_V, targets_M, support):
+    return policy_loss.token_logps(hidden_MD, head_VD, bias_V, targets_M, support, form, rows)
 
   if mesh.size == 1:
-    return run(hidden_MD, head_VD, bias_V, targets_M, kept_MK)
+    return run(hidden_MD, head_VD, bias_V, targets_M, support)
   tokens, whole = types.TOKENS, PartitionSpec()
   return jax.shard_map(
     run,
     mesh=mesh,
     in_specs=(tokens, whole, whole, tokens, tokens),
-    out_specs=(tokens, tokens),
+    out_specs=(tokens, tokens, tokens),
     check_vma=False,
-  )(hidden_MD, head_VD, bias_V, targets_M, kept_MK)
+  )(hidden_MD, head_VD, bias_V, targets_M, support)
 
 
 def token_loss(
-  hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux, fn, form, rows: int, mesh: Mesh
+  hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, form, rows: int, mesh: Mesh
 ):
   """(sum of fn over tokens, {metric: [M]}): see `kernels.policy_loss.token_loss`."""
 
-  def run(hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux):
+  def run(hidden_MD, head_VD, bias_V, targets_M, support, aux):
     return policy_loss.token_loss(
-      hidden_MD, head_VD, bias_V, targets_M, aux, fn, form, rows, kept_MK
+      hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, form, rows
     )
 
   def local(*args):
@@ -59,7 +60,7 @@ def token_loss(
     return jax.lax.psum(loss, types.MESH_AXES), metrics
 
   if mesh.size == 1:
-    return run(hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux)
+    return run(hidden_MD, head_VD, bias_V, targets_M, support, aux)
   tokens, whole = types.TOKENS, PartitionSpec()
   return jax.shard_map(
     local,
@@ -67,4 +68,4 @@ def token_loss(
     in_specs=(tokens, whole, whole, tokens, tokens, tokens),
     out_specs=(whole, tokens),
     check_vma=False,
-  )(hidden_MD, head_VD, bias_V, targets_M, kept_MK, aux)
+  )(hidden_MD, head_VD, bias_V, targets_M, support, aux)

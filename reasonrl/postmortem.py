@@ -136,7 +136,7 @@ def token_values(student: learner.Learner, params, batch: types.Batch):
   whole = student.put(params, batch)
   out = student.score(params, whole)
   logp_M, entropy_M = out.logp.reshape(-1), out.entropy.reshape(-1)
-  aux = {name: x.reshape(-1) for name, x in whole.aux.items() if name != 'kept'}  # it is in logp
+  aux = {name: x.reshape(-1) for name, x in whole.aux.items() if name not in learner.SUPPORT}
   shared = {'logp': logp_M, 'weight': aux['weight'], **aux, 'entropy': entropy_M}
   values = {('', name): x for name, x in shared.items()}
   bad_M = ~jnp.isfinite(logp_M)

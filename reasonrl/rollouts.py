@@ -11,7 +11,7 @@ from reasonrl import types
 # The fields of types.Experience that are indexed by row; the others are indexed by rollout.
 _BY_ROW = (
   *('tokens_BT', 'prompt_length_B', 'length_B', 'source_BT', 'logp_BT', 'stop_B', 'version_B'),
-  *('group_B', 'rollout_B', 'reward_BT', 'kept_BTK'),
+  *('group_B', 'rollout_B', 'reward_BT'),
 )
 
 
@@ -19,8 +19,9 @@ def take_rows(experience: types.Experience, rows) -> types.Experience:
   """The experience restricted to some rows; rollouts and their rewards stay whole."""
   fields = {name: getattr(experience, name) for name in _BY_ROW}
   fields = {name: None if x is None else x[rows] for name, x in fields.items()}
-  scores = {name: x[rows] for name, x in experience.scores.items()}
-  return dataclasses.replace(experience, scores=scores, **fields)
+  for of in ('support', 'scores'):
+    fields[of] = {name: x[rows] for name, x in getattr(experience, of).items()}
+  return dataclasses.replace(experience, **fields)
 
 
 def take_groups(experience: types.Experience, groups) -> types.Experience:
@@ -65,19 +66,22 @@ def concatenate(experiences: list[types.Experience]) -> types.Experience:
   def every(name):
     return [getattr(e, name) for e in shifted]
 
-  missing = {  # what stands for it where only some have it
-    'reward_BT': lambda e: np.zeros_like(e.logp_BT),
-    'kept_BTK': lambda e: np.full((*e.tokens_BT.shape, 1), -1, np.int32),
+  # What stands for it where only some have it.
+  no_reward = lambda e: np.zeros_like(e.logp_BT)
+  no_ids = lambda e: np.full((*e.tokens_BT.shape, 1), -1, np.int32)
+  fields = {name: every(name) for name in _BY_ROW}
+  if any(x is not None for x in fields['reward_BT']):
+    pairs = zip(shifted, fields['reward_BT'], strict=True)
+    fields['reward_BT'] = [no_reward(e) if x is None else x for e, x in pairs]
+  fields = {name: None if x[0] is None else join(x) for name, x in fields.items()}
+  names = dict.fromkeys(name for e in shifted for name in e.support)
+  support = {
+    name: join([e.support[name] if name in e.support else no_ids(e) for e in shifted], fill=-1)
+    for name in names
   }
-  fields = {}
-  for name in _BY_ROW:
-    arrays = every(name)
-    if name in missing and any(x is not None for x in arrays):
-      pairs = zip(shifted, arrays, strict=True)
-      arrays = [missing[name](e) if x is None else x for e, x in pairs]
-    fields[name] = None if arrays[0] is None else join(arrays, -1 if name == 'kept_BTK' else 0)
   return types.Experience(
     **fields,
+    support=support,
     reward_R=join(every('reward_R')),
     parts=concatenate_parts(every('parts'), [e.reward_R.size for e in experiences]),
     reward_weights=experiences[0].reward_weights,

@@ -91,11 +91,11 @@ def reinforce(stage: tooling.Stage, position):
       experience = dataclasses.replace(experience, reward_R=shuffled_R)
     with profiling.timed(tally, 'score'):
       scores = {
-        name: tools.score(named[role], experience)
+        name: tools.score(named[role], experience.rows).logp_BT
         for name, role in wiring.SCORED_WITH.items()
-        if name in algorithm.needs
+        if name in algorithm.needs and name not in experience.scores
       }
-    experience = dataclasses.replace(experience, scores=scores)
+    experience = dataclasses.replace(experience, scores=experience.scores | scores)
     adv_BT = algorithm.advantages(experience)
 
     updates = []
@@ -104,7 +104,7 @@ def reinforce(stage: tooling.Stage, position):
       weight_BT, denominator = algorithm.weights(minibatch)
       aux_BT = {'weight': weight_BT, 'adv': adv_BT[rows], 'sampler_logp': minibatch.logp_BT}
       with profiling.timed(tally, 'pack'):
-        aux_BT |= minibatch.scores | minibatch.support
+        aux_BT |= {name: minibatch.scores[name] for name in algorithm.needs} | minibatch.support
         seqs = packing.sequences(minibatch.tokens_BT, minibatch.length_B, aux_BT)
         # Where no process trains a token all weights are 0, and 0 / 1 is 0.
         updates.append((pack(seqs)[0], (sharding.total(denominator) or 1.0,)))

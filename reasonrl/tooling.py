@@ -139,17 +139,17 @@ def make_window_score(setup: wiring.Setup, student: learner.Learner, env):
 
 
 def make_score(setup: wiring.Setup, student: learner.Learner, row_length: int, rows: int):
-  """(params, experience) -> logp_BT of the policy tokens, at the learner's temperature.
+  """`types.Tools.score`: one forward pass over rows, packed into micro-batches of one shape."""
 
-  The softmax of a token runs over the ids that it was drawn from, where the experience has them.
-  """
-
-  def score(params, experience):
-    aux = {'weight': experience.mask_BT} | experience.support
-    seqs = packing.sequences(experience.tokens_BT, experience.length_B, aux)
+  def score(params, given: types.Rows) -> types.Scores:
+    aux = {'weight': given.drawn_BT + given.plain_BT} | given.support
+    if given.plain_BT.any():
+      aux['plain'] = given.plain_BT
+    seqs = packing.sequences(given.tokens_BT, given.length_B, aux)
     batches, where = pack(setup, row_length, rows, seqs)
     batches = [sharding.put_rows(batch, setup.mesh) for batch in batches]
-    logps = [sharding.fetch_rows(student.score(params, batch).logp) for batch in batches]
-    return packing.unpack(logps, seqs, where, experience.tokens_BT.shape)
+    found = [sharding.fetch_rows(student.score(params, batch)) for batch in batches]
+    shape = given.tokens_BT.shape
+    return types.Scores(*(packing.unpack(x, seqs, where, shape) for x in zip(*found, strict=True)))
 
   return score

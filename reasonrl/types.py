@@ -6,7 +6,7 @@ Axis letters, written as a suffix of every such array (`logp_BT`, `hidden_MD`):
     D width        H query heads          K key/value heads    C head channels
     N layers       F feed-forward width   S cache slots        M scored tokens  R rollouts
 
-In `kept_` arrays K counts the token ids that truncated sampling (top-k, top-p, min-p) kept.
+In a `support` K counts token ids.
 
 Alignment: index t of any `_BT` array speaks about token t (its log-probability, mask, advantage).
 The first token of every segment has mask 0; segment id 0 is padding. EOS is a policy token:
@@ -36,6 +36,24 @@ TOKENS = PartitionSpec(MESH_AXES)
 PROMPT, POLICY, ENVIRONMENT = 0, 1, 2
 
 
+class Rows(NamedTuple):
+  """B rows of tokens (host arrays) and which of them to score."""
+
+  tokens_BT: np.ndarray  # int32
+  length_B: np.ndarray  # int32
+  drawn_BT: np.ndarray  # float32, 1: at the learner's temperature, on what it was drawn from
+  plain_BT: np.ndarray  # float32, 1: as text, at temperature 1 on the whole vocabulary
+  support: dict[str, np.ndarray]  # as Experience.support
+
+
+class Scores(NamedTuple):
+  """What a model says of scored tokens, 0 elsewhere: float32 [B, T]."""
+
+  logp_BT: np.ndarray
+  entropy_BT: np.ndarray  # nats, of the distribution that the token is scored under
+  likeliest_BT: np.ndarray  # 1 where no token is more likely
+
+
 @dataclasses.dataclass(frozen=True)
 class Experience:
   """What an environment returns: B rows of NumPy, grouped by id and never by position."""
@@ -53,8 +71,10 @@ class Experience:
   parts: dict[str, np.ndarray]  # name -> float32 [R]; NaN = does not apply
   reward_weights: dict[str, float]  # reward -> its weight in reward_R
   reward_BT: np.ndarray | None  # float32, optional dense reward
-  kept_BTK: np.ndarray | None  # int32, what each token was drawn from; -1 = padding, see `support`
-  scores: dict[str, np.ndarray]  # what algorithm.needs names ('old_logp', ...): [B, T]
+  # What each token was drawn from, if not from the whole vocabulary: 'kept' ids or what is left
+  # without 'barred' ones. int32 [B, T, K], -1 = padding; a token without ids leaves nothing out.
+  support: dict[str, np.ndarray]
+  scores: dict[str, np.ndarray]  # by name ('old_logp', ...), also what algorithm.needs: [B, T]
   examples: tuple[records.Example, ...]  # [R], for the logs
   completions: tuple[records.Completion, ...]  # [R], for the logs
 
@@ -64,12 +84,9 @@ class Experience:
     return (self.source_BT == POLICY).astype(np.float32)
 
   @property
-  def support(self) -> dict[str, np.ndarray]:
-    """Aux arrays of every scoring of these rows: 'kept', the ids that a token was drawn from.
-
-    A token with no ids was drawn from the whole vocabulary; without the array, all were.
-    """
-    return {} if self.kept_BTK is None else {'kept': self.kept_BTK}
+  def rows(self) -> Rows:
+    """To score every sampled token as it was drawn."""
+    return Rows(self.tokens_BT, self.length_B, self.mask_BT, np.zeros_like(self.mask_BT), self.support)
 
   @property
   def first_row_R(self) -> np.ndarray:
@@ -144,7 +161,7 @@ class Samples:
   # at temperature 1, nothing left out); 0 where source is not POLICY.
   logp_RS: np.ndarray
   stop_R: np.ndarray
-  kept_RSK: np.ndarray | None  # as Experience.kept_BTK; None: nothing left out, or not remembered
+  kept_RSK: np.ndarray | None  # as Experience.support; None: nothing left out, or not remembered
 
 
 class BatchScore(NamedTuple):
@@ -164,7 +181,7 @@ class Tools:
   render(example) -> prompt token ids; `prefill` is the completion text they already hold.
   row_keys(step, prompt_R, sample_R, thread_R) -> uint32 [R, 2].
   generate(params, requests, spec, slots) -> Samples.
-  score(params, experience) -> logp_BT of the policy tokens, each among its kept ids.
+  score(params, rows: Rows) -> Scores.
   reward(state, experience) -> the experience with its rewards.
   """
 
@@ -201,8 +218,8 @@ class Batch:
   positions_BT: jax.Array  # int32, restart at 0 in every segment
   segments_BT: jax.Array  # int32, 0 = padding
   index_BM: jax.Array  # int32, which tokens are scored
-  # 'weight' and what the term needs ('adv', 'old_logp', ...): [B, M]; 'kept': [B, M, K], absent if
-  # every token was drawn from the whole vocabulary.
+  # 'weight' and what the terms need ('adv', 'old_logp', ...): [B, M]; of the support of each token,
+  # where it is not the whole vocabulary, 'kept' and 'barred', [B, M, K], and 'plain', [B, M].
   aux: dict[str, jax.Array]
 
 

@@ -213,7 +213,7 @@ def fused(grpo, hidden, head, targets, aux):
   fn = functools.partial(learner.weighted, grpo.token_loss)
 
   def loss(hidden):
-    return policy_loss.token_loss(hidden, head, jnp.zeros(VOCAB), targets, aux, fn, FORM, 7)
+    return policy_loss.token_loss(hidden, head, jnp.zeros(VOCAB), targets, {}, aux, fn, FORM, 7)
 
   return jax.value_and_grad(loss, has_aux=True)(hidden)
 

@@ -36,15 +36,15 @@ def inputs(M, D, V, seed=0, dtype=F32):
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def fused(hidden, head, bias, targets, aux, fn, form, rows, kept=None):
-  run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows, kept_MK=kept)
-  loss = lambda *a: run(*a, bias, targets, aux)
+def fused(hidden, head, bias, targets, aux, fn, form, rows, support={}):
+  run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows)
+  loss = lambda *a: run(*a, bias, targets, support, aux)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
-def reference(hidden, head, bias, targets, aux, fn, form, kept=None):
-  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, aux, fn, form, kept)
+def reference(hidden, head, bias, targets, aux, fn, form, support={}):
+  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, support, aux, fn, form)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
@@ -62,7 +62,7 @@ def test_equals_the_materialised_twin(name):
   got = fused(*args, loss_fn, form, rows)
   assert_close(got, reference(*args, loss_fn, form), 1e-5)  # value, metrics, both gradients
   (_, metrics), _ = got
-  logp, entropy = policy_loss.token_logps(*args[:4], form, rows)
+  logp, entropy, _ = policy_loss.token_logps(*args[:4], {}, form, rows)
   np.testing.assert_allclose(metrics['entropy'], entropy, rtol=1e-6)
   np.testing.assert_allclose(metrics['ratio'], jnp.exp(logp - args[4]['old']), rtol=1e-5)
 
@@ -73,7 +73,7 @@ def test_scores_equal_the_float64_oracle(name):
   hidden, head, _, targets, _ = inputs(M, D, V)
   bias = jnp.zeros(V).at[3].set(0.7)
   form = (scale, softcap, temperature, F32)
-  got = policy_loss.token_logps(hidden, head, bias, targets, form, rows)
+  got = policy_loss.token_logps(hidden, head, bias, targets, {}, form, rows)
   want = oracle.scores(hidden, head, targets, scale, softcap, temperature, bias)
   np.testing.assert_allclose(got[0], want[0], atol=2e-6)
   np.testing.assert_allclose(got[1], want[1], atol=2e-6)
@@ -137,9 +137,9 @@ def test_kept_ids_by_hand():
   """Probabilities 1/2, 1/4, 1/8, 1/8; of the first and third alone 4/5 and 1/5."""
   head = jnp.log(jnp.array([[4.0], [2.0], [1.0], [1.0]]))
   args = (jnp.ones((3, 1)), head, jnp.zeros(4), jnp.array([0, 2, 2]))
-  kept = jnp.array([[2, 0], [-1, 2], [-1, -1]])
+  kept = {'kept': jnp.array([[2, 0], [-1, 2], [-1, -1]])}
   form = (1.0, None, 1.0, F32)
-  logp, entropy = policy_loss.token_logps(*args, form, 2, kept)
+  logp, entropy, _ = policy_loss.token_logps(*args, kept, form, 2)
   np.testing.assert_allclose(logp, np.log([4 / 5, 1, 1 / 8]), atol=1e-6)
   both = math.log(5) - 0.8 * math.log(4)
   np.testing.assert_allclose(entropy, [both, 0, 1.75 * math.log(2)], atol=1e-6)
@@ -153,11 +153,12 @@ def test_kept_ids_by_hand():
 def test_kept_ids_equal_the_materialised_twin(name):
   M, D, V, rows, *form = CASES[name]
   args, form = inputs(M, D, V), (*form, F32)
-  kept = kept_ids(args[3], V, 5)
+  kept = {'kept': kept_ids(args[3], V, 5)}
   got = fused(*args, loss_fn, form, rows, kept)
   assert_close(got, reference(*args, loss_fn, form, kept), 1e-5)
-  want = oracle.scores(*args[:2], args[3], *form[:3], kept_MK=kept)
-  np.testing.assert_allclose(policy_loss.token_logps(*args[:4], form, rows, kept), want, atol=2e-6)
+  want = oracle.scores(*args[:2], args[3], *form[:3], kept_MK=kept['kept'])
+  got = policy_loss.token_logps(*args[:4], kept, form, rows)
+  np.testing.assert_allclose(got[:2], want, atol=2e-6)
 
 
 def test_gradients_over_kept_ids_equal_differences_of_the_float64_oracle():
@@ -169,7 +170,7 @@ def test_gradients_over_kept_ids_equal_differences_of_the_float64_oracle():
     return (np.asarray(aux['weight'], np.float64) * (logp * logp - entropy**2)).sum()
 
   fn = lambda logp, entropy, aux: (aux['weight'] * (logp**2 - entropy**2), {})
-  (value, _), (dhidden, dhead) = fused(hidden, head, bias, targets, aux, fn, form, 3, kept)
+  (value, _), (dhidden, dhead) = fused(hidden, head, bias, targets, aux, fn, form, 3, {'kept': kept})
   assert float(value) == pytest.approx(want(hidden, head), rel=1e-5)
   differ = oracle.numerical_gradient
   np.testing.assert_allclose(dhidden, differ(lambda h: want(h, head), hidden), rtol=1e-4, atol=1e-5)
@@ -208,7 +209,7 @@ def test_chunk_size_changes_rounding_alone():
 def test_a_cotangent_scales_both_gradients():
   hidden, head, bias, targets, aux = inputs(5, 4, 6)
   form = (1.0, None, 1.0, F32)
-  loss = lambda *a: -2.5 * policy_loss.token_loss(*a, bias, targets, aux, loss_fn, form, 2)[0]
+  loss = lambda *a: -2.5 * policy_loss.token_loss(*a, bias, targets, {}, aux, loss_fn, form, 2)[0]
   scaled = jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head)
   _, grads = fused(hidden, head, bias, targets, aux, loss_fn, form, 2)
   assert_close(scaled, [-2.5 * g for g in grads], 1e-6)
@@ -243,10 +244,11 @@ def check_memory(compiled, M, D, V, rows):
 def test_no_buffer_above_one_chunk_of_logits(M, V, dtype):
   D, rows, form = 8, 16, (1.0, None, 1.0, dtype)
   args = inputs(M, D, V)
-  score = jax.jit(policy_loss.token_logps, static_argnums=(4, 5))
-  for kept in (None, jnp.zeros((M, 4), jnp.int32)):
-    check_memory(fused.lower(*args, loss_fn, form, rows, kept).compile(), M, D, V, rows)
-    check_memory(score.lower(*args[:4], form, rows, kept).compile(), M, D, V, rows)
+  score = jax.jit(policy_loss.token_logps, static_argnums=(5, 6))
+  ids = jnp.zeros((M, 4), jnp.int32)
+  for support in ({}, {'kept': ids, 'barred': ids, 'plain': jnp.zeros(M)}):
+    check_memory(fused.lower(*args, loss_fn, form, rows, support).compile(), M, D, V, rows)
+    check_memory(score.lower(*args[:4], support, form, rows).compile(), M, D, V, rows)
 
 
 def test_the_materialised_twin_fails_the_memory_check():
@@ -263,8 +265,47 @@ def test_scoring_does_no_gradient_work():
   M, D, V, rows, form = 320, 8, 640, 16, (1.0, None, 1.0, F32)
   *args, aux = inputs(M, D, V)
   run = functools.partial(policy_loss.token_loss, fn=loss_fn, form=form, rows=rows)
-  program = jax.jit(run).lower(*args, aux)
+  program = jax.jit(run).lower(*args, {}, aux)
   assert program.as_text().count('dot_general') == 1
   check_memory(program.compile(), M, D, V, rows)
   gradient = fused.lower(*args, aux, loss_fn, form, rows).as_text()
   assert gradient.count('dot_general') == 3
+
+
+def test_barred_ids_and_plain_tokens_by_hand():
+  """Weights 4, 2, 1, 1, the third forbidden. Drawn at temperature .5 the others have 16, 4, 1 of
+  21, without the first 4, 1 of 5; as text 4, 2, 1 of 7."""
+  head = jnp.log(jnp.array([[4.0], [2.0], [1.0], [1.0]]))
+  bias = jnp.array([0.0, 0.0, -1e9, 0.0])
+  args = (jnp.ones((4, 1)), head, bias, jnp.array([1, 1, 1, 0]))
+  support = {
+    'barred': jnp.array([[-1, -1], [0, -1], [-1, -1], [1, 3]]),
+    'plain': jnp.array([0.0, 0.0, 1.0, 0.0]),
+  }
+  form = (1.0, None, 0.5, F32)
+  logp, entropy, likeliest = policy_loss.token_logps(*args, support, form, 3)
+  np.testing.assert_allclose(logp, np.log([4 / 21, 4 / 5, 2 / 7, 1]), atol=1e-6)
+  assert likeliest.tolist() == [0, 1, 0, 1]
+  np.testing.assert_allclose(entropy[2:], [math.log(7) - 10 / 7 * math.log(2), 0], atol=1e-6)
+  weigh = lambda logp, entropy, aux: (aux['weight'] * logp, {})
+  # d log p(target) / d z is 1[v = target] - p, times 1 / temperature where it was drawn.
+  wants = [-32 / 21, 34 / 21, 0, -2 / 21], [0, 2 / 5, 0, -2 / 5], [-4 / 7, 5 / 7, 0, -1 / 7]
+  for m, want in enumerate(wants):
+    one = {'weight': jnp.eye(4)[m]}
+    _, (_, dhead) = fused(*args, one, weigh, form, 3, support)
+    np.testing.assert_allclose(dhead[:, 0], want, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_support_equals_the_materialised_twin(name):
+  M, D, V, rows, *form = CASES[name]
+  args, form = inputs(M, D, V), (*form, F32)
+  barred = np.random.default_rng(4).integers(-1, V, (M, 3))
+  barred[barred == np.asarray(args[3])[:, None]] = -1  # a token was not drawn from what is barred
+  support = {
+    'barred': jnp.asarray(barred, jnp.int32),
+    'kept': kept_ids(args[3], V, 5),
+    'plain': jnp.asarray(np.arange(M) % 2, jnp.float32),
+  }
+  got = fused(*args, loss_fn, form, rows, support)
+  assert_close(got, reference(*args, loss_fn, form, support), 1e-5)

@@ -250,7 +250,8 @@ def test_bug_11_truncated_sampling_biases_the_ratio():
   token, logp, weight_BV = drawing.draw(z, jnp.array([0.9]), spec)
   kept_BK, _ = drawing.kept_ids(weight_BV, 2)
   form = (1.0, None, 1.0, jnp.dtype('float32'))
-  trained, _ = policy_loss.token_logps(z, jnp.eye(3), jnp.zeros(3), token, form, 1, kept_BK)
+  args = z, jnp.eye(3), jnp.zeros(3), token, {'kept': kept_BK}, form, 1
+  trained = policy_loss.token_logps(*args)[0]
   assert int(token[0]) == 1
   assert [float(logp[0]), float(trained[0])] == pytest.approx([math.log(0.3 / 0.8)] * 2)
 
@@ -464,7 +465,7 @@ def test_bug_28_correction_ignored_by_the_fused_loss(correction):
   aux = {'weight': grpo.weights(experience)[0], 'adv': grpo.advantages(experience)}
   aux = {name: jnp.asarray(x[at]) for name, x in (aux | experience.scores).items()}
   hidden = PARAMS['table'][experience.tokens_BT[at[0], at[1] - 1]]
-  rest = PARAMS['head'], jnp.zeros(VOCAB), jnp.asarray(experience.tokens_BT[at]), aux
+  rest = PARAMS['head'], jnp.zeros(VOCAB), jnp.asarray(experience.tokens_BT[at]), {}, aux
   fn, form = functools.partial(learner.weighted, grpo.token_loss), (1.0, None, 1.0, jnp.float32)
 
   def value_and_grad(op, *static):

@@ -72,7 +72,7 @@ def test_rollout(stops):
   assert found.group_B.tolist() == found.group_R.tolist() == [0, 0, 1, 1]
   assert found.rollout_B.tolist() == [0, 1, 2, 3] and set(found.version_B) == {9}
   assert found.reward_R.tolist() == [0, 1, 2, 3]  # what the tool made of it
-  assert found.kept_BTK is None
+  assert found.support == {}
   assert found.mask_BT.sum(1).tolist() == [3] * 4  # EOS included
   said = found.completions[3]
   assert said.text == '<think>ab' + ('' if stops else 'c')  # the prefill is part, EOS is not
@@ -85,4 +85,4 @@ def test_truncated_rollout():
   found = environment(num_generations=2, **how).rollout(tools, {'params': 0, 'version': 9}, step=5)
   spec = tools.asked[2]
   assert {name: getattr(spec, name) for name in how} == how and spec.truncates
-  np.testing.assert_array_equal(found.kept_BTK[..., 0], found.tokens_BT * found.mask_BT)
+  np.testing.assert_array_equal(found.support['kept'][..., 0], found.tokens_BT * found.mask_BT)

@@ -128,7 +128,7 @@ class Likely:
   """A reward that needs the policy: the log-probability of what it wrote."""
 
   def batch(self, tools, state, experience):
-    logp_BT = tools.score(state['params'], experience)
+    logp_BT = tools.score(state['params'], experience.rows).logp_BT
     np.testing.assert_allclose(logp_BT, experience.logp_BT, atol=1e-4)
     logp_R = np.bincount(experience.rollout_B, logp_BT.sum(1)).astype(np.float32)
     return types.BatchScore(logp_R, {'twice': 2 * logp_R}, None)

@@ -160,8 +160,9 @@ def reference(samples, scores, temperature):
   def loss(params):
     hidden_MD = hidden_of(params, samples.tokens_RS, samples.length_R)[np.roll(policy, -1, axis=1)]
     fn = lambda logp, entropy, aux: GRPO.token_loss(learner.Out(logp, entropy), aux)
-    target_M, kept_MK = samples.tokens_RS[policy], jnp.asarray(samples.kept_RSK[policy])
-    args = (hidden_MD, MODEL.head(params), bias_V, target_M, aux, fn, form, kept_MK)
+    target_M = samples.tokens_RS[policy]
+    support = {'kept': jnp.asarray(samples.kept_RSK[policy])}
+    args = (hidden_MD, MODEL.head(params), bias_V, target_M, support, aux, fn, form)
     return policy_loss.token_loss_ref(*args)[0] / policy.sum()
 
   return jax.device_get(jax.jit(jax.value_and_grad(loss))(PARAMS))

@@ -43,10 +43,11 @@ def test_take_rows_keeps_rollouts_whole():
 
 
 def test_every_field_with_a_row_axis_is_picked():
-  whole = sample(reward_BT=np.ones((4, 5), np.float32), kept_BTK=np.ones((4, 5, 3), np.int32))
+  whole = sample(reward_BT=np.ones((4, 5), np.float32), support={'kept': np.ones((4, 5, 3), np.int32)})
   part = rollouts.take_rows(whole, np.array([1]))
+  assert part.support['kept'].shape[0] == 1
   for field in dataclasses.fields(types.Experience):
-    if field.name.endswith(('_B', '_BT', '_BTK')):
+    if field.name.endswith(('_B', '_BT')):
       assert getattr(part, field.name).shape[0] == 1, field.name
 
 
@@ -117,18 +118,19 @@ def test_concatenate_fills_what_only_some_have():
 
 def test_kept_ids_are_picked_and_joined_whatever_their_width():
   ids = np.arange(4 * 5 * 2, dtype=np.int32).reshape(4, 5, 2)
-  first = sample(kept_BTK=ids)
+  first = sample(support={'kept': ids})
   longer = np.full((4, 8, 1), 7, np.int32)
-  second = sample(lengths=(6, 1, 2, 2), kept_BTK=longer)
+  second = sample(lengths=(6, 1, 2, 2), support={'kept': longer})
   joined = rollouts.concatenate([first, sample(), second])
-  assert joined.kept_BTK.shape == (12, 8, 2) and joined.kept_BTK.dtype == np.int32
-  np.testing.assert_array_equal(joined.kept_BTK[:4, :5], ids)
-  np.testing.assert_array_equal(joined.kept_BTK[8:, :, 0], longer[..., 0])
-  for nothing in (joined.kept_BTK[:4, 5:], joined.kept_BTK[4:8], joined.kept_BTK[8:, :, 1]):
+  kept_BTK = joined.support['kept']
+  assert kept_BTK.shape == (12, 8, 2) and kept_BTK.dtype == np.int32
+  np.testing.assert_array_equal(kept_BTK[:4, :5], ids)
+  np.testing.assert_array_equal(kept_BTK[8:, :, 0], longer[..., 0])
+  for nothing in (kept_BTK[:4, 5:], kept_BTK[4:8], kept_BTK[8:, :, 1]):
     assert (nothing == -1).all()
   part = rollouts.take_groups(joined, [1])
   np.testing.assert_array_equal(part.support['kept'][:, :5], ids[2:])
-  assert sample().support == {} and rollouts.concatenate([sample(), sample()]).kept_BTK is None
+  assert sample().support == {} and rollouts.concatenate([sample(), sample()]).support == {}
 
 
 def test_rewards_add_up_and_nan_means_that_none_applies():

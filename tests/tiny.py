@@ -67,7 +67,7 @@ def experience(rewards, groups, lengths, prompt_length=2, vocab=11, seed=0, **ch
     parts={'accuracy': np.asarray(rewards, np.float32)},
     reward_weights={'accuracy': 1.0},
     reward_BT=None,
-    kept_BTK=None,
+    support={},
     scores={},
     examples=tuple(records.Example('t', 'train', r, f'p{r}', 'a', None, {}) for r in range(R)),
     completions=tuple(

@@ -73,7 +73,7 @@ def make_experience(rng) -> types.Experience:
     parts={'accuracy': reward},
     reward_weights={'accuracy': 1.0},
     reward_BT=None,
-    kept_BTK=None,
+    support={},
     scores={'old_logp': logp, 'ref_logp': logp},
     examples=(),
     completions=(),

@@ -73,7 +73,7 @@ class SingleTurn:
       parts={},
       reward_weights={},
       reward_BT=None,
-      kept_BTK=samples.kept_RSK,
+      support={} if samples.kept_RSK is None else {'kept': samples.kept_RSK},
       scores={},
       examples=tuple(examples[p] for p in prompt_R),
       completions=tuple(self._completion(tools, samples, r) for r in range(prompt_R.size)),

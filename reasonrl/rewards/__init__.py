@@ -16,7 +16,7 @@ A reward that needs the models (a reward model, an information gain) has instead
 
 and judges all rollouts of an experience in the trainer's process; `tools` and `state` are those of
 the environment ('params', 'ema', 'version'; in training also 'ref' if the algorithm needs it), and
-`tools.score(params, experience)` gives log-probabilities.
+`tools.score(params, experience.rows)` gives log-probabilities.
 """
 
 from reasonrl.rewards import (
