@@ -62,7 +62,7 @@ class LengthTarget:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-  """Asks for a level of effort, which is a number of tokens that the prompt does not name.
+  """Asks for a level of effort, which is a number of tokens: by its name, or by that number.
 
   `records.length_target` of the new example has it, and meta['effort'] its level.
 
@@ -73,7 +73,7 @@ class Effort:
   levels: Mapping[str, int]  # level -> tokens
   level: str  # of all problems; '' = drawn, each as likely as any other
   mode: str  # of records.LENGTH_MODES
-  template: str  # added to the problem; {level} is the level
+  template: str  # added to the problem; {level} is the level, {n} its tokens
 
   def __post_init__(self):
     if not self.levels or min(self.levels.values()) < 1:
@@ -84,7 +84,7 @@ class Effort:
     if self.mode not in records.LENGTH_MODES:
       choices = ', '.join(records.LENGTH_MODES)
       raise records.UserError(f'effort.mode={self.mode!r} is not one of {choices}')
-    check_template('effort', 'template', self.template, '{level}')
+    check_template('effort', 'template', self.template, '{level}', '{n}')
 
   @property
   def longest(self) -> int:
@@ -94,7 +94,7 @@ class Effort:
   def __call__(self, seed: int, example: records.Example) -> records.Example:
     uniform, names = _generator(seed, 'effort', example).random, sorted(self.levels)
     level = self.level or names[int(uniform() * len(names))]
-    text = self.template.replace('{level}', level)
+    text = self.template.replace('{level}', level).replace('{n}', str(self.levels[level]))
     return _targeted(example, text, self.mode, self.levels[level], {'effort': level})
 
 
@@ -208,9 +208,9 @@ def longest(augmentations) -> int:
   return max((getattr(augmentation, 'longest', 0) for augmentation in augmentations), default=0)
 
 
-def check_template(name: str, field: str, template: str, hole: str) -> None:
-  if hole not in template:
-    raise records.UserError(f'{name}.{field}={template!r} has no {hole}')
+def check_template(name: str, field: str, template: str, *holes: str) -> None:
+  if not any(hole in template for hole in holes):
+    raise records.UserError(f'{name}.{field}={template!r} has no {" or ".join(holes)}')
 
 
 def _generator(seed: int, name: str, example: records.Example) -> random.Random:

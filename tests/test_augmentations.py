@@ -100,6 +100,8 @@ def test_a_level_of_effort_by_hand():
   e = augmentation('effort', level='high')(3, numbered(0))
   assert e.problem == '7 + 5? Reasoning effort: high.'
   assert e.meta == {'target_length': 3600, 'length_mode': 'max', 'effort': 'high'}
+  named = augmentation('effort', level='low', template=' At most {n} ({level}).')
+  assert named(3, numbered(0)).problem == '7 + 5? At most 512 (low).'
   drawn = augmentation('effort', mode='exact')
   efforts = [drawn(3, numbered(i)) for i in range(300)]
   for level, tokens in (('low', 512), ('medium', 1024), ('high', 3600)):
@@ -136,7 +138,7 @@ def test_what_is_asked_depends_on_seed_and_identity_alone(name):
     ('length_target', {'template_max': 'Be brief.'}, "template_max='Be brief.' has no {n}"),
     ('effort', {'level': 'huge'}, "level='huge' is not '' or one of high, low, medium"),
     ('effort', {'mode': 'least'}, "mode='least' is not one of exact, max"),
-    ('effort', {'template': 'Try.'}, "template='Try.' has no {level}"),
+    ('effort', {'template': 'Try.'}, "template='Try.' has no {level} or {n}"),
     ('effort', {'levels': {'low': 0}}, "effort.levels=.*'low': 0.*at least 1 token"),
     ('length_label', {'unit': 'words'}, "unit='words' is not one of tokens, think_tokens, steps"),
     ('length_label', {'separator': ''}, "separator='' separates nothing"),

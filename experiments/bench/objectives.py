@@ -101,7 +101,7 @@ def main(_) -> None:
       mesh=mesh,
       tx=tx,
       ema_decay=None,
-      terms=(learner.Term(algorithm.token_loss, algorithm.prepare),),
+      terms=(learner.Term(algorithm.token_loss, algorithm.prepare, 'weight'),),
       form=sampler.form(1.0),
       forbidden=(0,),
       loss_chunk=512,

@@ -61,7 +61,7 @@ def main(_) -> None:
     mesh=mesh,
     tx=optim.build(optim.Optim(**section), params, 100),
     ema_decay=None,
-    terms=(learner.Term(learner.nll, None),),
+    terms=(learner.Term(learner.nll, None, 'weight'),),
     form=sampler.form(1.0),
     forbidden=(0,),
     loss_chunk=512,
