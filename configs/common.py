@@ -287,6 +287,43 @@ def countdown() -> ConfigDict:
   )
 
 
+def varchain() -> ConfigDict:
+  """Texts in which some tokens need reasoning, and it is known which: see tasks/varchain.py."""
+  return ConfigDict(
+    {
+      'name': 'varchain',
+      'seed': 0,
+      'form': 'text',  # | 'question': problems with answers
+      'modulus': 5,
+      'min_hops': 1,
+      'max_hops': 3,
+      'segments': 1,
+      'min_words': 6,
+      'max_words': 6,
+      'num_words': 16,
+      'thought_probability': 0.4,
+      'thought_at_answer_probability': 0.5,
+      'thought_kinds': (0.4, 0.3, 0.3),  # all hops, the first, dots
+      'error_probability': 0.05,
+    }
+  )
+
+
+def text() -> ConfigDict:
+  """Texts of your own, to be read: JSON Lines or plain text, see tasks/text.py."""
+  return ConfigDict(
+    {
+      'name': 'text',
+      'seed': 0,  # of the order
+      'train': '',  # a file; the files are the splits
+      'test': '',
+      'field': 'text',  # of a row of JSON
+      'separator': '<|endoftext|>',  # between the texts of a plain file; '' = it is one text
+      'max_chars': 2000,  # of a passage; a training row holds row_length tokens of it
+    }
+  )
+
+
 def mixture(**members: tuple[float, ConfigDict]) -> ConfigDict:
   """Several tasks in one stream, e.g. mixture(sums=(3, arithmetic()), countdown=(1, countdown())).
 
@@ -382,6 +419,14 @@ def rewards(**weights: float) -> ConfigDict:
       'max_length': 0,  # tokens; 0 = the completion's cap. The paper: 14336 of a window of 16k
       'margin': 16,  # tokens below max_length that count as exceeded; the authors' code
     },
+    'information_gain': {  # RLP, arXiv 2510.01265
+      'gamma': 1.0,  # of a horizon above 1
+      'clip': placeholder(float),  # None = none
+      'floor': -30.0,  # of a log-probability: one impossible token would outweigh all others
+    },
+    'token_match': {},
+    'prefix_match': {'boxed': False},  # RPT, arXiv 2506.08007: True
+    'trace': {},
     'repetition': {  # arXiv 2502.03373
       'ngram': 40,  # tokens
       'penalty': -0.05,
@@ -464,6 +509,8 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       # Rollouts per step at most, while too few groups are kept; DAPO 10 (dynamic sampling).
       'max_generation_batches': 10 if preset == 'dapo' else 1,
       'sampler_sync_steps': 1,  # the sampler's parameters are renewed every so many steps
+      # of the next-token loss of the step's solutions or texts beside it; RLP, R1: 0
+      'ntp_coef': 0.0,
       'shuffle_rewards': False,  # a control: rewards of a step go to random rollouts of it
       'row_length': 128,  # at least prompt.max_length + max_completion_length
       'rows_per_batch': 8,
@@ -559,6 +606,43 @@ def single_turn() -> ConfigDict:
       'max_kept_tokens': 64,
       'slots': 0,  # rows decoded at a time on each process; 0 = all
       'controls': {},  # controls(...), applied in the order of their names
+    }
+  )
+
+
+def next_token() -> ConfigDict:
+  """Think before the next token of a text: RLP (arXiv 2510.01265).
+
+  Numbers are the paper's unless it does not say: its 1.7B model, 170M to 1B tokens.
+  """
+  return ConfigDict(
+    {
+      'name': 'next_token',
+      'position_sampler': 'uniform',  # 'every_k' | 'all' | 'topq_entropy' | 'class'
+      'positions_per_text': 1,
+      'every': 16,  # tokens; k of 'every_k'
+      'top_entropy': 0.2,  # share of the positions, of 'topq_entropy'
+      'class_weights': {},  # of 'class': kind of token -> probability; the rest is uniform
+      'max_context': 2048,  # tokens
+      'horizon': 1,  # tokens behind a thought; more are an extension
+      'instruction': '',  # before the context, where it thinks; ours for base models: none
+      'open': '<think>',
+      'close': '</think>',
+      'num_generations': 16,  # G
+      'max_thought': 2048,  # tokens, a sampled `close` included
+      'min_thought': 1,  # tokens before it
+      'train_close': True,  # a sampled `close` is a token of the thought: stopping is learned
+      'temperature': 0.7,
+      'top_k': 0,  # these four as in single_turn
+      'top_p': 1.0,
+      'min_p': 0.0,
+      'max_kept_tokens': 64,
+      'slots': 0,
+      # whose prediction without a thought: 'ema' | 'policy' before the update | 'ref', frozen |
+      # 'empty_think': of the average, behind <think></think>
+      'no_think': 'ema',
+      'thoughts': 'own',  # 'other', a control: those about the next position of the batch
+      'predicts': 0,  # tokens that the model says behind its thought, instead of the text's: RPT
     }
   )
 
@@ -719,6 +803,13 @@ ALGORITHM_PRESETS = {  # preset -> what it changes of `algorithm('grpo')`
   'maxrl': {'scale_rewards': 'mean'},
   # arXiv 2601.05242: every reward function standardised on its own
   'gdpo': {'multi_objective_aggregation': 'normalize_then_sum'},
+  # RLP, arXiv 2510.01265, eqs. 6 to 8: leave-one-out, mean over the tokens of a thought; epsilon is
+  # not stated
+  'rlp': {
+    'baseline': 'leave_one_out',
+    'scale_rewards': 'none',
+    'loss_agg': 'seq_mean_token_mean',
+  },
   # arXiv 2510.04028, 2506.01347: negative samples only
   'grpo_n': {'positive_weight': 0.0},
   # REINFORCE with PPO's clip on the batch-whitened return, no critic
@@ -731,7 +822,7 @@ def algorithm(preset: str) -> ConfigDict:
   grpo = {
     'name': 'grpo',
     # ---- advantage = (R - baseline) / scale
-    'baseline': 'group_mean',  # 'group_mean' | 'leave_one_out' (RLOO) | 'none'
+    'baseline': 'group_mean',  # | 'leave_one_out' (RLOO) | 'batch_mean' | 'none'
     'scale_rewards': 'group',  # std of the 'group' | of the 'batch' | 'mean' (MaxRL) | 'none'
     # 'normalize_then_sum' (GDPO): each reward function by its own group, then the sum by the batch
     'multi_objective_aggregation': 'sum_then_normalize',

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-BASELINES = ('group_mean', 'leave_one_out', 'none')
+BASELINES = ('group_mean', 'leave_one_out', 'batch_mean', 'none')
 SCALES = ('group', 'batch', 'mean', 'none')
 CORRECTIONS = ('none', 'token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask')
 
@@ -24,6 +24,7 @@ def outcome(reward_R, group_R, baseline: str, scale: str, ddof: int, eps: float,
 
       b 'group_mean'     mean of the group                        GRPO, arXiv 2402.03300 sec. 4.1.2
         'leave_one_out'  mean of the others of the group          RLOO, arXiv 2402.14740 eq. 5
+        'batch_mean'     mean of all rewards of the batch
         'none'           0                                        REINFORCE++, arXiv 2501.03262
       s 'group'          std of the group + eps                   GRPO
         'batch'          std of all rewards of the batch + eps    arXiv 2508.08221
@@ -31,7 +32,7 @@ def outcome(reward_R, group_R, baseline: str, scale: str, ddof: int, eps: float,
         'none'           1                                        Dr. GRPO, arXiv 2503.20783
 
   std is the two-pass standard deviation with `ddof` delta degrees of freedom (torch.std: 1). With a
-  baseline, a group of equal rewards, or with one member, gets exactly 0.
+  baseline of the group, a group of equal rewards, or with one member, gets exactly 0.
 
   Args:
     reward_R: float [R].
@@ -54,11 +55,15 @@ def outcome(reward_R, group_R, baseline: str, scale: str, ddof: int, eps: float,
   applies = ~np.isnan(reward_R)
   if scale == 'mean' and np.any(reward_R[applies] < 0):
     raise ValueError(f"scale_rewards='mean' needs rewards >= 0, got {np.nanmin(reward_R)}")
-  adv_R = np.where(applies & (baseline == 'none'), reward_R, 0.0)
+  alone = baseline in ('none', 'batch_mean')  # a rollout needs no others of its group
+  shift, (r, n) = 0.0, (reward_R[applies], applies.sum())
+  if baseline == 'batch_mean':
+    shift = total(float(r.sum())) / max(total(float(n)), 1.0)
+  adv_R = np.where(applies & alone, reward_R - shift, 0.0)
   for group in np.unique(group_R):
     members = (group_R == group) & applies
     r = reward_R[members]
-    if baseline == 'none' or r.size < 2 or np.all(r == r[0]):
+    if alone or r.size < 2 or np.all(r == r[0]):
       continue  # no signal: 0, not 0 / eps and not NaN
     adv_r = r - r.mean()
     if baseline == 'leave_one_out':

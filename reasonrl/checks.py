@@ -163,6 +163,11 @@ def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
   algorithm.check(env.num_generations, tuple(setup.rewards))
   discounts = {n: fn.gamma for n, (fn, _) in setup.rewards.items() if hasattr(fn, 'gamma')}
   algorithm.check_credit(discounts)
+  if 'ema' in env.reads and section.optim.ema_decay is None:
+    raise records.UserError(
+      f'{name}.env.no_think={env.no_think!r} needs {name}.optim.ema_decay, such as .999: else '
+      'there is no moving average of the parameters'
+    )
   unknown = algorithm.needs - wiring.SCORED_WITH.keys()
   if unknown:
     raise records.UserError(f'{name}.algorithm needs {sorted(unknown)}, which nothing provides')
@@ -209,10 +214,11 @@ def sizes(setup: wiring.Setup, phase: wiring.Phase) -> None:
   if env:
     envs[f'{name}.env'] = env, phase.augmentations
   for what, (each, asked) in envs.items():
-    if types.padded(room) + each.max_completion_length > positions_of_model:
+    window = each.longest(setup.tokenizer, types.padded(room))
+    if window > positions_of_model:
       raise records.UserError(
-        f'prompt.max_length={room} (padded to {types.padded(room)}) plus '
-        f'{what}.max_completion_length={each.max_completion_length} is more than the '
+        f'a row of {what} has up to {window} tokens (prompt.max_length={room} padded to '
+        f'{types.padded(room)}; max_completion_length={each.max_completion_length}), more than the '
         f'{positions_of_model} positions of the model'
       )
     longest = augmentations.longest(asked)
@@ -222,14 +228,15 @@ def sizes(setup: wiring.Setup, phase: wiring.Phase) -> None:
         'tokens that an augmentation asks for'
       )
   # What is trained on must fit a row; the EOS of a completion that was cut may come on top.
-  longest = {n: setup.phases[n].env.max_completion_length + 1 for n in phase.datasets}
+  longest = {n: setup.phases[n].env.longest(setup.tokenizer, room) + 1 for n in phase.datasets}
   if section.kind == 'reinforce':
-    longest[name] = env.max_completion_length
+    longest[name] = env.longest(setup.tokenizer, room)
   for what, length in longest.items():
-    if room + length > section.row_length:
+    if length > section.row_length:
       raise records.UserError(
-        f'{name}.row_length={section.row_length} is shorter than prompt.max_length={room} plus '
-        f'{length} tokens of a completion (see {what}.env.max_completion_length)'
+        f'{name}.row_length={section.row_length} is shorter than the {length} tokens that a row of '
+        f'{what}.env may have, with prompt.max_length={room} and '
+        f'max_completion_length={setup.phases[what].env.max_completion_length}'
       )
   rows = setup.mesh.shape['data'] * setup.mesh.shape['fsdp']
   if phases.updates(section) and section.rows_per_batch % rows:
@@ -270,7 +277,7 @@ def examples(setup: wiring.Setup, phase: wiring.Phase, task) -> None:
   for raw in (part.example('train', i) for part in parts(task) for i in range(32)):
     (example,) = setup.augmented([raw], phase.augmentations)
     if phase.section.kind == 'supervised':
-      setup.supervised_sequence(example, phase.section)
+      setup.supervised_sequence(example, phase.section.few_shot, phase.section.row_length)
     else:
       setup.prompt(example)
     if rationalizes and records.HINT_SHOWN in example.meta:

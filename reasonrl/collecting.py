@@ -106,9 +106,7 @@ class Keeper:
           'token_ids': ids,
           'meta': {
             **{key: fact for key, fact in store.meta.items() if key not in NOT_STORED},
-            records.THINK_LENGTH: evaluation.think_tokens(
-              self.tokenizer, completion, self.prefill
-            ),
+            records.THINK_LENGTH: evaluation.think_tokens(self.tokenizer, completion),
           },
         }
       )

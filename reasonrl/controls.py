@@ -11,8 +11,9 @@
 4. `build` makes controls and their numbers from a section of the config.
 
 `ThinkBudget` is budget forcing (s1, arXiv 2501.19393, section 3.1), `Force` begins a completion,
-and `Forbid` keeps tokens away for a while. Several apply in order; the first that writes a token
-has the step. Left out on purpose: strings that a tokenizer cuts differently in their middle.
+`Forbid` keeps tokens away for a while, and `Thought`, for environments, ends a row. Several apply
+in order; the first that writes a token has the step. Left out on purpose: strings that a tokenizer
+cuts differently in their middle.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ class Control:
     """The state after this token, and what is written: `made`, or something in its place."""
     del numbers, view, stop_ids
     return state, made
+
+  def stops(self, view: View, token_B):
+    """bool [B], or False for all: the row ends behind this token."""
+    del view, token_B
+    return False
 
 
 # Token ids that may stand at each place of a string.
@@ -302,6 +308,35 @@ class Forbid(Control):
     early_B = (count_B < 0) | (view.length_B - view.start_B < count_B)
     ids = jnp.asarray(self.ids, jnp.int32)
     return z_BV.at[:, ids].add(jnp.where(early_B, -jnp.inf, 0.0)[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Thought(Control):
+  """A completion is a thought: it ends behind `close` and has at least `least` tokens before that.
+
+  So that it has them, the first of them are not the first token of `close`; none is of `never`. Its
+  log-probabilities are those of the draw without them: `barred` tells the trainer.
+  """
+
+  NUMBERS: ClassVar[tuple[str, ...]] = ()
+
+  close: tuple[int, ...]
+  least: int
+  never: tuple[int, ...]
+
+  def bias(self, numbers, view, z_BV):
+    early_B = view.length_B - view.start_B < self.least
+    z_BV = z_BV.at[:, self.close[0]].add(jnp.where(early_B, -jnp.inf, 0.0))
+    return z_BV.at[:, jnp.asarray(self.never, jnp.int32)].set(-jnp.inf)
+
+  def stops(self, view, token_B):
+    wanted = tuple((i,) for i in self.close)
+    return ends_with(view, token_B, wanted, view.start_B)
+
+  def barred(self, tokens: int) -> np.ndarray:
+    """int32 [tokens, K]: what each token of a thought could not be, -1 = nothing."""
+    first = np.where(np.arange(tokens) < self.least, self.close[0], -1)
+    return np.column_stack([first, *(np.full(tokens, i) for i in self.never)]).astype(np.int32)
 
 
 # In the order in which they apply: what is forced may begin or end thinking.

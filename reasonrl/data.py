@@ -63,7 +63,8 @@ def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length
   """Prompt + solution + EOS as a Sequence scored from the prompt's end, EOS included.
 
   `prefill` is the beginning of the solution that the prompt already holds. A solution that was
-  sampled has its ids in meta[TOKEN_IDS].
+  sampled has its ids in meta[TOKEN_IDS]. A text is cut where the row ends, and a part of one has no
+  EOS.
 
   Raises:
     UserError: the example has no solution, it begins differently, or does not fit a row.
@@ -72,6 +73,7 @@ def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length
     raise records.UserError(
       f'task {example.task!r} has no solutions to learn from: it cannot feed a supervised phase'
     )
+  text = example.meta.get(records.TEXT)
   if records.TOKEN_IDS in example.meta:
     rest = example.meta[records.TOKEN_IDS]
   elif not example.solution.startswith(prefill):
@@ -80,13 +82,16 @@ def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length
       f'does not begin with prompt.prefill={prefill!r}'
     )
   else:
-    rest = [*tokenizer.encode(example.solution.removeprefix(prefill)), tokenizer.eos_ids[0]]
+    encode = tokenizer.encode_user if text else tokenizer.encode
+    rest = [*encode(example.solution.removeprefix(prefill)), tokenizer.eos_ids[0]]
   ids = [*prompt_ids, *rest]
+  if text:
+    ids = ids[: -1 if text == records.PART else None][:row_length]
   if len(ids) > row_length:
     raise records.UserError(
       f'{example.task} example {example.index} has {len(ids)} tokens, more than '
       f'row_length={row_length}'
     )
-  index = np.arange(len(prompt_ids), len(ids))
+  index = np.arange(max(len(prompt_ids), 1), len(ids))  # nothing predicts the first token
   aux = {'weight': np.ones(index.size, np.float32)}
   return types.Sequence(np.asarray(ids, np.int32), index, aux)

@@ -14,6 +14,9 @@ import numpy as np
 
 from reasonrl import advantages, records, rollouts, sharding, stats, types
 
+# What is reported by the values of `Evaluation.by`, besides accuracy and the parts of rewards.
+BY = ('completion_length', 'think_length')
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -24,7 +27,7 @@ class Evaluation:
   by: str  # field of meta by whose values accuracy and length are reported too; '' = none
 
 
-def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int:
+def think_tokens(tokenizer, completion: records.Completion) -> int:
   """Whole tokens between <think> and </think>, or to the end if that is missing; 0 without <think>.
 
   Counted on the sampled ids: the first ids whose decoded text reaches a character, by bisection.
@@ -35,8 +38,10 @@ def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int
   start += len(records.THINK_OPEN)
   end = completion.text.find(records.THINK_CLOSE, start)
   ids = list(completion.token_ids)
-  if completion.stop == records.Stop.EOS:
-    ids = ids[:-1]
+  if not completion.text.endswith(said := tokenizer.decode(ids, skip_special=False)):
+    ids = ids[:-1]  # EOS is no part of the text
+    said = tokenizer.decode(ids, skip_special=False)
+  given = len(completion.text) - len(said)  # characters that the prompt holds
 
   def reach(characters):
     """The least n such that the first n ids decode to at least that many characters."""
@@ -44,7 +49,7 @@ def think_tokens(tokenizer, completion: records.Completion, prefill: str) -> int
     while low < high:
       middle = (low + high) // 2
       text = tokenizer.decode(ids[:middle], skip_special=False)
-      enough = len(prefill) + len(text) >= characters
+      enough = given + len(text) >= characters
       low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
@@ -60,7 +65,7 @@ def right(experience: types.Experience, correct: str) -> np.ndarray:
 
 
 def outcomes(
-  experience: types.Experience, tokenizer, prefill: str, correct: str, vote=None
+  experience: types.Experience, tokenizer, correct: str, vote=None
 ) -> dict[str, np.ndarray]:
   """What the metrics are made of: one number per rollout in every column, of all processes.
 
@@ -79,7 +84,7 @@ def outcomes(
     'right': right(experience, correct),
     **{f'reward/{name}': part_R for name, part_R in experience.parts.items()},
     'completion_length': [c.num_tokens for c in completions],
-    'think_length': [think_tokens(tokenizer, c, prefill) for c in completions],
+    'think_length': [think_tokens(tokenizer, c) for c in completions],
     'stop': [int(c.stop) for c in completions],
     'written': written_R,
     'unmasked_tokens': [c.num_tokens - n for c, n in marked],
@@ -151,7 +156,7 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tup
   greedy = {'num_generations': 1, 'temperature': 0.0}
   for mode, changes in {'greedy': greedy, 'sampled': {}}.items():
     experience = dataclasses.replace(env, **changes).rollout(tools, state, 0)
-    table = outcomes(experience, tools.tokenizer, tools.prefill, cfg.correct, vote)
+    table = outcomes(experience, tools.tokenizer, cfg.correct, vote)
     right_R = table['right']
     right_P = np.bincount(table['group'], right_R) / np.bincount(table['group'])
     accuracy = float(right_P.mean())
@@ -162,10 +167,9 @@ def evaluate(cfg: Evaluation, env, tools: types.Tools, state: dict, vote) -> tup
       found[f'{name}_length'] = _mean(table['completion_length'][which])
     found |= _of_several(table, right_R)
     if cfg.by:
-      length_R, samples_P = table['completion_length'], np.bincount(table['group'])
-      length_P = np.bincount(table['group'], length_R) / samples_P
-      of_P = {'accuracy': right_P, 'completion_length': length_P}
-      found |= _by_value(cfg.by, experience, of_P)
+      names = [name for name in table if name.startswith('reward/')]
+      mean_P = {name: _of_groups(table, name) for name in (*BY, *names)}
+      found |= _by_value(cfg.by, experience, {'accuracy': right_P, **mean_P})
     metrics |= {f'eval/{mode}/{name}': value for name, value in found.items()}
     metrics[f'eval/{mode}/outcomes'] = [round(float(x), 4) for x in right_P]
     experiences[mode] = experience
@@ -177,11 +181,17 @@ def _by_value(field: str, experience: types.Experience, of_P) -> dict[str, float
   first = np.unique(experience.group_R, return_index=True)[1]
   mine = [experience.examples[r].meta[field] for r in first]
   values = [value for problem in zip(*sharding.gather(mine), strict=True) for value in problem]
-  return {
-    f'{metric}/{field}={each}': float(each_P[[value == each for value in values]].mean())
+  found = {
+    f'{metric}/{field}={each}': _mean(each_P[[value == each for value in values]])
     for metric, each_P in of_P.items()
     for each in sorted(set(values), key=lambda value: (isinstance(value, str), value))
   }
+  return {name: mean for name, mean in found.items() if not math.isnan(mean)}
+
+
+def _of_groups(table, name: str) -> np.ndarray:
+  """The mean of a column over the rollouts of each group."""
+  return np.bincount(table['group'], table[name]) / np.bincount(table['group'])
 
 
 def _of_several(table, right_R) -> dict[str, float]:

@@ -21,7 +21,7 @@ def distinct_examples(task, split: str, count: int) -> list[records.Example]:
   found: dict[str, records.Example] = {}
   for index in range(20 * count):
     example = task.example(split, index)
-    found.setdefault(example.problem, example)
+    found.setdefault(example.solution if records.TEXT in example.meta else example.problem, example)
     if len(found) == count:
       return list(found.values())
   raise records.UserError(
@@ -62,7 +62,8 @@ def make_evaluate(setup: wiring.Setup):
   for example in examples:  # a prompt that does not fit stops the run now, not in an hour
     setup.prompt(example)
     by = setup.evaluation.by
-    if by and (by == records.HINTED or not isinstance(example.meta.get(by), str | int)):
+    known = by in setup.evaluation_env.facts or isinstance(example.meta.get(by), str | int)
+    if by and (by == records.HINTED or not known):
       raise records.UserError(
         f'evaluation.by={by!r} is not a name or number that examples have: '
         f'{", ".join(sorted(example.meta)) or "none"}'
@@ -88,7 +89,7 @@ def make_evaluate(setup: wiring.Setup):
     if not attempt:
       sample = evaluation.transcripts(experience, None, 1, correct)[0]
       shown.append({'mode': f'{name}={setting.name}', **sample})
-    table = evaluation.outcomes(experience, tools.tokenizer, tools.prefill, correct)
+    table = evaluation.outcomes(experience, tools.tokenizer, correct)
     every, place = sharding.gather(mine), [divmod(int(g), n) for g in table['group']]
     problem = [every[process][i] if every[process] else -1 for i, process in place]
     table['group'] = np.asarray(problem)

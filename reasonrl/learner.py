@@ -53,10 +53,12 @@ class Term:
   token_loss: (out, aux) -> (loss_M, {metric: [M]}), elementwise, without weights.
   prepare: None, or (logp_BM, batch) -> {name: [B, M]}, more aux arrays for sequence-level
     quantities, at the price of a scoring pass; compiled together with it.
+  weight: the aux array of its weights: 'weight', or another where it has tokens of its own.
   """
 
   token_loss: Callable
   prepare: Callable | None
+  weight: str
 
 
 def nll(out: Out, aux) -> tuple[jax.Array, dict]:
@@ -143,21 +145,21 @@ class Learner:
     def loss_fn(params):
       hidden_MD, targets_M, support, aux = self._scored(params, batch)
       loss, report = 0.0, {'tokens': jnp.sum(aux['weight'] > 0)}
-      for term, denominator in zip(self.terms, denominators, strict=True):
+      for n, (term, denominator) in enumerate(zip(self.terms, denominators, strict=True)):
         total, metrics = ops.token_loss(
           hidden_MD,
           self.model.head(params),
           ops.forbid(self.model.vocab_size, self.forbidden),
           targets_M,
           support,
-          aux,
+          aux | {'weight': aux[term.weight]},
           functools.partial(weighted, term.token_loss),
           self.form,
           self.loss_chunk,
           self.mesh,
         )
         loss = loss + total / denominator
-        report |= metrics
+        report |= {f'loss/{term.weight}': total / denominator} if n else metrics
       return loss, {'loss': loss, **report}
 
     new, report = jax.grad(loss_fn, has_aux=True)(params)
@@ -257,6 +259,9 @@ def reduce_reports(reports_and_final) -> dict[str, float]:
     if name in ('loss', 'tokens', 'mismatch'):
       continue
     values = [float(r[name]) for r in reports]
+    if name.startswith('loss/'):  # the share of a term
+      out[name] = sum(values)
+      continue
     out[name] = max(values) if name.endswith('_max') else sum(values) / max(tokens, 1)
   if 'mismatch' in reports[0]:
     gap = np.concatenate([r['mismatch'].reshape(-1) for r in reports])

@@ -12,6 +12,7 @@ from reasonrl.algorithms import grpo
 BASELINE = {
   'group_mean': 'mean of its group',
   'leave_one_out': 'mean of the others of its group',
+  'batch_mean': 'mean of the batch',
   'none': '0',
 }
 SCALE = {

@@ -27,8 +27,7 @@ def forbid(vocab_size: int, ids) -> jax.Array:
 
 
 def token_logps(hidden_MD, head_VD, bias_V, targets_M, support, form, rows: int, mesh: Mesh):
-  """logp_M, entropy_M, likeliest_M: see `kernels.policy_loss.token_logps`. M divisible by the mesh.
-  """
+  """logp_M, entropy_M, likeliest_M: see `kernels.policy_loss`. M divisible by the mesh."""
 
   def run(hidden_MD, head_VD, bias_V, targets_M, support):
     return policy_loss.token_logps(hidden_MD, head_VD, bias_V, targets_M, support, form, rows)

@@ -28,6 +28,27 @@ def sequences(tokens_BT, length_B, aux_BT: dict) -> list[types.Sequence]:
   return out
 
 
+def with_texts(seqs: list[types.Sequence], texts: list[types.Sequence], coef: float):
+  """Sequences of rollouts, and of texts that are learned beside them.
+
+  The tokens of texts have 'text_weight' = coef where those of rollouts have 0, the other way around
+  'weight', and no other aux; they are scored as text (see kernels.policy_loss).
+  """
+  out = []
+  for seq in seqs:
+    zeros = np.zeros(seq.index_M.size, np.float32)
+    out.append(seq._replace(aux={**seq.aux, 'text_weight': zeros, 'plain': zeros}))
+  for text in texts:
+    size = text.index_M.size
+    aux = {
+      n: np.full((size, *x.shape[1:]), 0 if x.ndim == 1 else -1, x.dtype)
+      for n, x in seqs[0].aux.items()
+    }
+    aux['text_weight'], aux['plain'] = np.full(size, coef, np.float32), np.ones(size, np.float32)
+    out.append(text._replace(aux=aux))
+  return out
+
+
 def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
   """Sequences -> micro-batches of `rows` rows by first fit, longest first.
 

@@ -141,8 +141,9 @@ def token_values(student: learner.Learner, params, batch: types.Batch):
   values = {('', name): x for name, x in shared.items()}
   bad_M = ~jnp.isfinite(logp_M)
   for term in student.terms:
-    loss_fn = lambda logp_M, entropy_M, fn=term.token_loss: learner.weighted(
-      fn, logp_M, entropy_M, aux
+    its = aux | {'weight': aux[term.weight]}
+    loss_fn = lambda logp_M, entropy_M, fn=term.token_loss, its=its: learner.weighted(
+      fn, logp_M, entropy_M, its
     )
     loss_M, pull, metrics = jax.vjp(loss_fn, logp_M, entropy_M, has_aux=True)
     dlogp_M, dentropy_M = pull(jnp.ones_like(loss_M))
@@ -153,7 +154,12 @@ def token_values(student: learner.Learner, params, batch: types.Batch):
     for x in ends.values():
       bad_M |= ~jnp.isfinite(x)
   host = lambda x: np.asarray(x).reshape(batch.index_BM.shape)
-  return host(bad_M & (aux['weight'] > 0)), {key: host(x) for key, x in values.items()}
+  return host(bad_M) & trained(student, whole), {key: host(x) for key, x in values.items()}
+
+
+def trained(student: learner.Learner, batch: types.Batch) -> np.ndarray:
+  """bool [B, M]: a term of the loss has this token."""
+  return np.any([np.asarray(batch.aux[term.weight]) > 0 for term in student.terms], axis=0)
 
 
 def _name(term: learner.Term) -> str:
@@ -173,14 +179,15 @@ def _bisect(student, params, batch: types.Batch, denominators):
   """(row, slot) of a token whose gradient is not finite with all others masked, or None."""
 
   def bad(slots) -> bool:
-    at = tuple(slots.T)
-    weight_BM = np.zeros_like(batch.aux['weight'])
-    weight_BM[at] = batch.aux['weight'][at]
-    masked = dataclasses.replace(batch, aux={**batch.aux, 'weight': weight_BM})
+    at, masks = tuple(slots.T), {}
+    for term in student.terms:
+      masks[term.weight] = np.zeros_like(batch.aux[term.weight])
+      masks[term.weight][at] = batch.aux[term.weight][at]
+    masked = dataclasses.replace(batch, aux={**batch.aux, **masks})
     grads, loss, _ = student.gradients(params, [masked], denominators)
     return not math.isfinite(float(loss)) or not math.isfinite(float(learner.global_norm(grads)))
 
-  return first_bad(bad, np.argwhere(batch.aux['weight'] > 0))
+  return first_bad(bad, np.argwhere(trained(student, batch)))
 
 
 def first_bad(bad: Callable[[Any], bool], items):

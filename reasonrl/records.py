@@ -27,6 +27,16 @@ HINTED, HINT_SHOWN = 'hinted', 'hint_shown'
 TOKEN_IDS = 'token_ids'
 # Key of Example.meta: how many tokens of a sampled solution are thinking.
 THINK_LENGTH = 'think_length'
+# Key of Example.meta where `solution` is a text to read and there is no problem: WHOLE, or PART of
+# one, which then does not end with EOS. CLASSES: what kind of token stands where, as [first
+# character, one behind the last, kind, the thought that would help to predict it or ''].
+TEXT, WHOLE, PART = 'text', 'whole', 'part'
+CLASSES = 'classes'
+# Keys of Example.meta of a position in a text: the kind of its next token and that thought; the ids
+# from there on, and how many bytes 1, 2, ... of them are; the ids that a model said instead, or
+# None.
+CLASS, TRACE, NEXT_IDS = 'class', 'trace', 'next_ids'
+NEXT_BYTES, SAID = 'next_bytes', 'said'
 # Keys of Example.meta for a target of the response's length: how many tokens, thinking, answer and
 # EOS together; and whether that is what it should have or the most that it may.
 TARGET_LENGTH, LENGTH_MODE = 'target_length', 'length_mode'

@@ -212,6 +212,8 @@ class Sampler:
       source_B = jnp.where(written_B, types.ENVIRONMENT, types.POLICY).astype(jnp.int8)
       stop_B = jnp.where(live & (length_B >= limit_B), length, state.stop_B)
       is_stop = jnp.any(token_B[:, None] == stop_ids[None, :], axis=-1) & ~written_B
+      for control in spec.controls:
+        is_stop |= control.stops(view, token_B)
       if most:
         kept_BK, size_B = drawing.kept_ids(weight_BV, most)
         kept_BK = jnp.where(written_B[:, None], -1, kept_BK)

@@ -52,7 +52,8 @@ def supervised(stage: tooling.Stage, position):
     del state, read, step
     with profiling.timed(stage.tally, 'data'):
       examples = setup.augmented(stream.next(), stage.phase.augmentations)
-      seqs = [setup.supervised_sequence(example, section) for example in examples]
+      shape = section.few_shot, section.row_length
+      seqs = [setup.supervised_sequence(example, *shape) for example in examples]
     with profiling.timed(stage.tally, 'pack'):
       trained = sharding.total(float(sum(seq.index_M.size for seq in seqs)))
       updates = [(pack(seqs)[0], (trained,))]
@@ -77,10 +78,17 @@ def reinforce(stage: tooling.Stage, position):
   shape = section.row_length, section.rows_per_batch
   pack = functools.partial(tooling.pack, setup, *shape)
   score = tooling.make_score(setup, phase.learner, *shape)
-  prompts = lambda: setup.augmented(stream.next(), phase.augmentations)
+  read_now = []  # the examples of the step under way
+
+  def prompts():
+    examples = setup.augmented(stream.next(), phase.augmentations)
+    read_now.extend(examples)
+    return examples
+
   tools = tooling.make_tools(stage, 'train', prompts, score)
 
   def make(state, read, step):
+    read_now.clear()
     named = {'params': state.params, 'ema': state.ema, 'version': step * per_step, **read}
     synced = step - step % section.sampler_sync_steps
     stale = {'params': read.get('sampler', state.params), 'version': synced * per_step}
@@ -98,8 +106,10 @@ def reinforce(stage: tooling.Stage, position):
     experience = dataclasses.replace(experience, scores=experience.scores | scores)
     adv_BT = algorithm.advantages(experience)
 
-    updates = []
-    for rows in minibatches(stage, step, experience.length_B.size):
+    updates, texts = [], []
+    if section.ntp_coef:
+      texts = [setup.supervised_sequence(e, False, section.row_length) for e in read_now]
+    for rows, of_texts in minibatches(stage, step, experience.length_B.size, len(texts)):
       minibatch = rollouts.take_rows(experience, rows)
       weight_BT, denominator = algorithm.weights(minibatch)
       aux_BT = {'weight': weight_BT, 'adv': adv_BT[rows], 'sampler_logp': minibatch.logp_BT}
@@ -107,12 +117,20 @@ def reinforce(stage: tooling.Stage, position):
         aux_BT |= {name: minibatch.scores[name] for name in algorithm.needs} | minibatch.support
         seqs = packing.sequences(minibatch.tokens_BT, minibatch.length_B, aux_BT)
         # Where no process trains a token all weights are 0, and 0 / 1 is 0.
-        updates.append((pack(seqs)[0], (sharding.total(denominator) or 1.0,)))
+        denominators = [sharding.total(denominator) or 1.0]
+        if section.ntp_coef:
+          seqs = packing.with_texts(seqs, [texts[i] for i in of_texts], section.ntp_coef)
+          read = sum(float(texts[i].index_M.size) for i in of_texts)
+          denominators.append(sharding.total(read) or 1.0)
+        updates.append((pack(seqs)[0], tuple(denominators)))
     correct, shown = setup.evaluation.correct, setup.config.log.transcripts
     return Step(
       updates,
       describe=lambda: (
-        describe_experience(setup, experience) | algorithm.describe(experience) | sampled
+        describe_experience(setup, experience)
+        | algorithm.describe(experience)
+        | phase.env.describe(experience)
+        | sampled
       ),
       transcripts=lambda: evaluation.transcripts(experience, adv_BT, shown, correct),
       position=stream.position,
@@ -231,19 +249,20 @@ def sample_groups(stage: tooling.Stage, tools: types.Tools, named: dict, step: i
   return rollouts.concatenate(kept), row
 
 
-def minibatches(stage: tooling.Stage, step: int, rows: int):
-  """The rows of every optimizer step: `num_iterations` passes over them, shuffled anew."""
+def minibatches(stage: tooling.Stage, step: int, rows: int, texts: int):
+  """Rows and texts of every optimizer step: `num_iterations` passes over both, rows shuffled."""
   algorithm = stage.phase.algorithm
   per_pass = min(algorithm.num_minibatches, sharding.agree_min(rows))
   for iteration in range(algorithm.num_iterations):
     order = stage.rng('minibatches', step, iteration).permutation(rows)
-    yield from np.array_split(order, per_pass)
+    parts = np.array_split(order, per_pass), np.array_split(np.arange(texts), per_pass)
+    yield from zip(*parts, strict=True)
 
 
 def describe_experience(setup: wiring.Setup, experience: types.Experience) -> dict:
   """Metrics of what a step is trained on."""
-  correct, prefill = setup.evaluation.correct, setup.prompter.prefill
-  row = evaluation.summary(evaluation.outcomes(experience, setup.tokenizer, prefill, correct))
+  table = evaluation.outcomes(experience, setup.tokenizer, setup.evaluation.correct)
+  row = evaluation.summary(table)
   return row | {'timing/tokens': sharding.total(int(experience.length_B.sum()))}
 
 

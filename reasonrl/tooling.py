@@ -109,6 +109,7 @@ def make_tools(stage: Stage, purpose: str, examples, score) -> types.Tools:
     prefill=setup.prompter.prefill,
     examples=examples,
     render=setup.prompt,
+    text=setup.text,
     row_keys=row_keys,
     generate=generate,
     score=score,
@@ -133,7 +134,7 @@ def pack(setup: wiring.Setup, row_length: int, rows: int, seqs):
 
 def make_window_score(setup: wiring.Setup, student: learner.Learner, env):
   """`make_score` of whole rollouts of an environment, where nothing is trained on them."""
-  window = types.padded(setup.prompter.max_length) + env.max_completion_length
+  window = env.longest(setup.tokenizer, types.padded(setup.prompter.max_length))
   rows = 8 * setup.mesh.shape['data'] * setup.mesh.shape['fsdp']  # 8 a device
   return make_score(setup, student, window, rows)
 

@@ -86,7 +86,9 @@ class Experience:
   @property
   def rows(self) -> Rows:
     """To score every sampled token as it was drawn."""
-    return Rows(self.tokens_BT, self.length_B, self.mask_BT, np.zeros_like(self.mask_BT), self.support)
+    return Rows(
+      self.tokens_BT, self.length_B, self.mask_BT, np.zeros_like(self.mask_BT), self.support
+    )
 
   @property
   def first_row_R(self) -> np.ndarray:
@@ -179,6 +181,7 @@ class Tools:
   sampler: the compiled stages (prefill, decode, append, fork), for several turns.
   examples() -> the next prompts' examples.
   render(example) -> prompt token ids; `prefill` is the completion text they already hold.
+  text(example) -> ids of a text (of its `solution`), and the index of the first one behind BOS.
   row_keys(step, prompt_R, sample_R, thread_R) -> uint32 [R, 2].
   generate(params, requests, spec, slots) -> Samples.
   score(params, rows: Rows) -> Scores.
@@ -191,6 +194,7 @@ class Tools:
   prefill: str
   examples: Callable
   render: Callable
+  text: Callable
   row_keys: Callable
   generate: Callable
   score: Callable

@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from reasonrl import (
   augmentations,
@@ -62,11 +65,16 @@ class Setup:
     """The token ids of an example's prompt."""
     return self.prompter.render(self.tokenizer, example)
 
-  def supervised_sequence(self, example, section) -> types.Sequence:
-    """An example's prompt and solution as a row of that supervised section."""
-    prompt = self.prompter.render(self.tokenizer, example, section.few_shot)
-    prefill, row_length = self.prompter.prefill, section.row_length
+  def supervised_sequence(self, example, few_shot: bool, row_length: int) -> types.Sequence:
+    """An example's prompt and solution as a row to learn."""
+    prompt = self.prompter.render(self.tokenizer, example, few_shot)
+    prefill = self.prompter.prefill
     return data.supervised_sequence(self.tokenizer, prompt, prefill, example, row_length)
+
+  def text(self, example) -> tuple[np.ndarray, int]:
+    """The token ids of a text, and how many of them stand before it (BOS)."""
+    ids = self.supervised_sequence(example, False, sys.maxsize).tokens_T
+    return ids, len(self.prompter.render(self.tokenizer, example, False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,13 +248,18 @@ def make_phase(setup: Setup, table: dict, name: str, asked: tuple) -> Phase:
     env = tables.member(table['env'], section.env, f'{name}.env')
     temperature = env.temperature
   if section.kind == 'supervised':
-    terms = (learner.Term(tables.lookup(LOSSES, section.loss, f'{name}.loss'), None),)
+    terms = (learner.Term(tables.lookup(LOSSES, section.loss, f'{name}.loss'), None, 'weight'),)
   if section.kind == 'reinforce':
     env = tables.member(table['env'], section.env, f'{name}.env')
     algorithm = tables.member(table['algorithm'], section.algorithm, f'{name}.algorithm')
-    roles = {SCORED_WITH[name] for name in algorithm.needs & SCORED_WITH.keys()} - {'params'}
-    reads = {role: section.reads[role] for role in sorted(roles)}
-    terms, temperature = (learner.Term(algorithm.token_loss, algorithm.prepare),), env.temperature
+    roles = {SCORED_WITH[name] for name in algorithm.needs & SCORED_WITH.keys()} | env.reads
+    reads = {role: section.reads[role] for role in sorted(roles & {'ref'})}
+    terms, temperature = (
+      (learner.Term(algorithm.token_loss, algorithm.prepare, 'weight'),),
+      env.temperature,
+    )
+    if section.ntp_coef:
+      terms += (learner.Term(learner.nll, None, 'text_weight'),)
     updates_per_step = algorithm.num_iterations * algorithm.num_minibatches
   sampler = setup.samplers[section.trains]
   optimizer, ema_decay = lambda steps: optim.frozen(), None

@@ -42,6 +42,8 @@ def group_advantages(cfg, rewards, groups, baseline, scale):
       continue
     if baseline == 'none':
       A = reward
+    elif baseline == 'batch_mean':
+      A = reward - mean(everyone)
     elif len(rivals) < 2 or max(rivals) == min(rivals):
       out.append(0.0)
       continue

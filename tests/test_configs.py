@@ -188,16 +188,17 @@ def smoke(config):
       section.row_length = min(section.row_length, 512)
     if section.kind == 'collect':
       section.prompts_per_step = 2
-      few = min(section.env.num_generations, 2)
-      section.env.update({'num_generations': few, 'max_completion_length': 4})
+      section.env.num_generations = min(section.env.num_generations, 2)
+      short_rollouts(section.env)
     if section.kind == 'supervised':
       section.update({'examples_per_step': 8, 'rows_per_batch': 4})
     if section.kind == 'reinforce':
       section.prompts_per_step = 2
-      section.env.update({'num_generations': 2, 'max_completion_length': 4})
+      section.env.num_generations = 2
+      short_rollouts(section.env)
       section.rows_per_batch = 2
   config.evaluation.num_examples = 4
-  config.evaluation.env.max_completion_length = 4
+  short_rollouts(config.evaluation.env)
   for section in (*(config[name] for name, _ in phases.order(config, steps.STEPS)), config.prompt):
     shorten(section)
   shorten(config.evaluation)
@@ -208,6 +209,15 @@ def smoke(config):
       if field in section:
         section[field] = least
   return config
+
+
+def short_rollouts(env):
+  """Four tokens at most; contexts of 64."""
+  if env.name == 'next_token':
+    env.update(max_thought=4, max_context=min(env.max_context, 64))
+    env.num_generations = min(env.num_generations, 2)
+  else:
+    env.max_completion_length = 4
 
 
 def shorten(section):

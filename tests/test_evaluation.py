@@ -117,7 +117,7 @@ def completion(tokenizer, ids, stop=records.Stop.LENGTH, prefill=''):
 
 def think_tokens(tokenizer, ids, stop=records.Stop.LENGTH, prefill=''):
   made = completion(tokenizer, list(ids), stop, prefill)
-  return evaluation.think_tokens(tokenizer, made, prefill)
+  return evaluation.think_tokens(tokenizer, made)
 
 
 BYTES = tokenizers.Bytes()
@@ -184,7 +184,7 @@ def sample(rewards=(1.0, 0.0, 0.5, 0.5), lengths=(1, 3, 2, 2)):
 
 
 def summary(experience):
-  return evaluation.summary(evaluation.outcomes(experience, BYTES, '', 'accuracy'))
+  return evaluation.summary(evaluation.outcomes(experience, BYTES, 'accuracy'))
 
 
 def test_summary_by_hand():
@@ -242,7 +242,7 @@ def test_outcomes_of_two_processes_are_in_the_order_of_the_data(monkeypatch):
     return [mine, other | {'group': mine['group'], 'reward/accuracy/part': [0.5] * 4}]
 
   monkeypatch.setattr(evaluation.sharding, 'gather', gather)
-  table = evaluation.outcomes(sample(), BYTES, '', 'accuracy')
+  table = evaluation.outcomes(sample(), BYTES, 'accuracy')
   assert table['group'].tolist() == [0, 0, 2, 2, 1, 1, 3, 3]
   assert table['reward'].tolist() == [1.0, 0.0, 0.5, 0.5, 11.0, 10.0, 10.5, 10.5]
   assert np.isnan(table['reward/accuracy/part'][:4]).all()
@@ -331,6 +331,16 @@ def test_accuracy_and_length_by_a_fact_of_the_examples():
   tools = dataclasses.replace(tools, tokenizer=BYTES, prefill='')
   metrics, _ = evaluation.evaluate(settings, Env(2, 0.6, 5, 0.9, []), tools, {}, None)
   assert {name: value for name, value in metrics.items() if '=' in name} == {
+    **{
+      f'eval/{mode}/think_length/level={level}': 0.0
+      for mode, level in itertools.product(('greedy', 'sampled'), ('easy', 'hard'))
+    },
+    **{
+      'eval/greedy/reward/accuracy/level=easy': 0.0,
+      'eval/greedy/reward/accuracy/level=hard': 1.0,
+    },
+    **{'eval/sampled/reward/accuracy/level=easy': 0.0},
+    **{'eval/sampled/reward/accuracy/level=hard': 0.5},
     **{'eval/greedy/accuracy/level=easy': 0.0, 'eval/greedy/accuracy/level=hard': 1.0},
     **{'eval/sampled/accuracy/level=easy': 0.0, 'eval/sampled/accuracy/level=hard': 0.5},
     **{f'eval/greedy/completion_length/level={level}': 2.0 for level in ('easy', 'hard')},

@@ -318,7 +318,7 @@ class Play:
     self.grpo = tiny.algorithm(**changes)
     model = Bandit()
     params = {'weight': jnp.asarray(start, jnp.float32)[:, None]}
-    term = learner.Term(self.grpo.token_loss, None)
+    term = learner.Term(self.grpo.token_loss, None, 'weight')
     self.learner = tiny.make_learner(model, params, term, learning_rate=learning_rate)
     self.state = self.learner.init(params)
     self.rng = np.random.default_rng(0)

@@ -32,6 +32,7 @@ LAYERS = (
       'drawing',
       'pretrained',
       'controls',
+      'positions',
     ),
     *('tokenizers', 'logs', 'display', 'sharding'),
   ),

@@ -68,7 +68,7 @@ def assert_trees_equal(got, want):
 
 
 GRPO = tiny.algorithm(num_iterations=2, beta=0.1, epsilon_high=0.28)
-STUDENT = tiny.make_learner(MODEL, PARAMS, learner.Term(GRPO.token_loss, None))
+STUDENT = tiny.make_learner(MODEL, PARAMS, learner.Term(GRPO.token_loss, None, 'weight'))
 
 
 # ------------------------------------------------------------------------------------ packing
@@ -263,7 +263,7 @@ def test_tokens_of_weight_zero_cannot_reach_the_gradient():
 
 
 def test_terms_add_up_each_with_its_denominator():
-  nll = learner.Term(learner.nll, None)
+  nll = learner.Term(learner.nll, None, 'weight')
   both = dataclasses.replace(STUDENT, terms=(*STUDENT.terms, nll))
   alone = dataclasses.replace(STUDENT, terms=(nll,))
   (batch,) = packed(rows(), per_batch=6)
@@ -287,7 +287,7 @@ def test_a_term_without_its_denominator_is_an_error():
 
 def test_zero_variance_groups_give_exactly_zero():
   grpo = tiny.algorithm()
-  student = tiny.make_learner(MODEL, PARAMS, learner.Term(grpo.token_loss, None))
+  student = tiny.make_learner(MODEL, PARAMS, learner.Term(grpo.token_loss, None, 'weight'))
   found = tiny.experience([1, 1, 1, 0.3, 0.3, 0.3], [0, 0, 0, 1, 1, 1], [3, 5, 2, 4, 4, 1])
   weight_BT, denominator = grpo.weights(found)
   aux = {'weight': weight_BT, 'adv': grpo.advantages(found)}
@@ -367,7 +367,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
   ],
 )
 def test_loss_and_gradient_are_both_guarded(token_loss, finite_loss, finite_norm):
-  student = dataclasses.replace(STUDENT, terms=(learner.Term(token_loss, None),))
+  student = dataclasses.replace(STUDENT, terms=(learner.Term(token_loss, None, 'weight'),))
   state, reports = student.update(student.init(fresh()), packed(rows()), (20.0,))
   row = learner.reduce_reports(reports)
   assert (np.isfinite(row['loss']), np.isfinite(row['grad_norm'])) == (finite_loss, finite_norm)
@@ -498,7 +498,7 @@ def test_prepare_feeds_sequence_level_quantities():
     return -jnp.minimum(s * adv_B, jnp.clip(s, 0.9, 1.1) * adv_B).mean()
 
   want_loss, want = jax.jit(jax.value_and_grad(loss))(PARAMS)
-  term = learner.Term(gspo, sequence_ratio)
+  term = learner.Term(gspo, sequence_ratio, 'weight')
   student = dataclasses.replace(STUDENT, terms=(term,), tx=optax.sgd(100.0))
   for row_length, per_batch in ((12, 2), (34, 1)):
     batches = packed((tokens, lengths, aux), row_length, per_batch)

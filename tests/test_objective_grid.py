@@ -1,6 +1,6 @@
 """The whole GRPO family against the float64 oracle: value and gradient, over a grid of its axes.
 
-The default suite has every pair of values once, and every preset; all of it (438 cases) is
+The default suite has every pair of values once, and every preset; all of it (451 cases) is
 
     python -m pytest -m grid
 
@@ -36,7 +36,7 @@ from reasonrl.configs import common
 
 # Axis -> its values: each a dict of the fields it sets.
 AXES = {
-  'baseline': [{'baseline': x} for x in ('group_mean', 'leave_one_out', 'none')],
+  'baseline': [{'baseline': x} for x in ('group_mean', 'leave_one_out', 'batch_mean', 'none')],
   'scale': [{'scale_rewards': x} for x in ('none', 'group', 'batch', 'mean')]
   + [{'scale_rewards': 'group', 'multi_objective_aggregation': 'normalize_then_sum'}],
   'std': [{'std_ddof': 1, 'advantage_eps': 1e-4}, {'std_ddof': 0, 'advantage_eps': 1e-2}],
@@ -104,6 +104,8 @@ REFUSED = [
   ({'baseline': 'leave_one_out'}, {'scale_rewards': 'group'}, 'explodes where one sample differs'),
   ({'baseline': 'leave_one_out'}, {'scale_rewards': 'mean'}, "needs baseline='group_mean'"),
   ({'baseline': 'none'}, {'scale_rewards': 'group'}, 'needs a group baseline'),
+  ({'baseline': 'batch_mean'}, {'scale_rewards': 'group'}, 'needs a group baseline'),
+  ({'baseline': 'batch_mean'}, {'scale_rewards': 'mean'}, "needs baseline='group_mean'"),
   ({'baseline': 'none'}, {'scale_rewards': 'mean'}, "needs baseline='group_mean'"),
   ({'scale_rewards': 'mean'}, {'kl_placement': 'reward'}, 'needs rewards >= 0'),
   (GDPO, {'returns': 'to_go'}, "no returns='to_go'"),
@@ -330,7 +332,7 @@ def library(cfg):
   aux_BT = {'weight': weight_BT, 'adv': adv_BT[rows], 'sampler_logp': minibatch.logp_BT}
   seqs = packing.sequences(minibatch.tokens_BT, minibatch.length_B, aux_BT | minibatch.scores)
   (batch,), _ = packing.pack(seqs, 16, 4, 1)
-  term = learner.Term(cfg.token_loss, cfg.prepare)
+  term = learner.Term(cfg.token_loss, cfg.prepare, 'weight')
   policy = Bigram(params['head'].shape[0])
   update = dataclasses.replace(tiny.make_learner(policy, params, term), loss_chunk=64)
   params, batch = jax.tree.map(jnp.asarray, (params, batch))
@@ -397,7 +399,7 @@ def compare(cfg):
 
 # ------------------------------------------------------------------------------------ the tests
 
-ONCE, FOUR_TIMES = 91, 370  # cases of `covering`
+ONCE, FOUR_TIMES = 94, 379  # cases of `covering`
 
 
 def test_what_is_refused_says_why():

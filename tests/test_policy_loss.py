@@ -36,15 +36,15 @@ def inputs(M, D, V, seed=0, dtype=F32):
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def fused(hidden, head, bias, targets, aux, fn, form, rows, support={}):
+def fused(hidden, head, bias, targets, aux, fn, form, rows, support=None):
   run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows)
-  loss = lambda *a: run(*a, bias, targets, support, aux)
+  loss = lambda *a: run(*a, bias, targets, support or {}, aux)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
-def reference(hidden, head, bias, targets, aux, fn, form, support={}):
-  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, support, aux, fn, form)
+def reference(hidden, head, bias, targets, aux, fn, form, support=None):
+  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, support or {}, aux, fn, form)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
@@ -170,7 +170,9 @@ def test_gradients_over_kept_ids_equal_differences_of_the_float64_oracle():
     return (np.asarray(aux['weight'], np.float64) * (logp * logp - entropy**2)).sum()
 
   fn = lambda logp, entropy, aux: (aux['weight'] * (logp**2 - entropy**2), {})
-  (value, _), (dhidden, dhead) = fused(hidden, head, bias, targets, aux, fn, form, 3, {'kept': kept})
+  (value, _), (dhidden, dhead) = fused(
+    hidden, head, bias, targets, aux, fn, form, 3, {'kept': kept}
+  )
   assert float(value) == pytest.approx(want(hidden, head), rel=1e-5)
   differ = oracle.numerical_gradient
   np.testing.assert_allclose(dhidden, differ(lambda h: want(h, head), hidden), rtol=1e-4, atol=1e-5)

@@ -101,7 +101,7 @@ def test_the_term_of_several_is_named():
   def root(out, aux):
     return jnp.sqrt(jnp.maximum(out.logp, 0.0)), {}
 
-  student = dataclasses.replace(STUDENT, terms=(*STUDENT.terms, learner.Term(root, None)))
+  student = dataclasses.replace(STUDENT, terms=(*STUDENT.terms, learner.Term(root, None, 'weight')))
   report = find(planted('adv', 0.5), student, denominators=(20.0, 3.0))
   assert report.origin.quantity == 'dloss/dlogp' and report.origin.term.endswith('root')
   assert np.isfinite(report.micro_batches[0]['loss'])
@@ -116,7 +116,9 @@ def test_what_overflows_only_together_names_no_token():
     aux = batch.aux | {'adv': batch.aux['adv'] * np.float32(factor)}
     return dataclasses.replace(batch, aux=aux)
 
-  student = dataclasses.replace(STUDENT, terms=(learner.Term(tiny.algorithm().token_loss, None),))
+  student = dataclasses.replace(
+    STUDENT, terms=(learner.Term(tiny.algorithm().token_loss, None, 'weight'),)
+  )
   one = find([loud(1e10)], student).micro_batches[0]['grad_norm']
   report = find([loud(1e10 * 1e19 / one)] * 3, student)
   assert [row['grad_norm'] for row in report.micro_batches] == pytest.approx([1e19] * 3, rel=1e-3)

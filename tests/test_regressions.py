@@ -86,7 +86,7 @@ def micro_batches(grpo, experience, rows=8, adv_BT=None):
 
 def measure(grpo, experience, rows=8, adv_BT=None):
   """Metrics and the gradient of the policy's table, in micro-batches of `rows` packed rows."""
-  term = learner.Term(grpo.token_loss, grpo.prepare)
+  term = learner.Term(grpo.token_loss, grpo.prepare, 'weight')
   student = tiny.make_learner(POLICY, PARAMS, term)
   grads, reports = jax.tree.map(jnp.zeros_like, PARAMS), []
   batches, denominator = micro_batches(grpo, experience, rows, adv_BT)
@@ -599,7 +599,7 @@ def test_bug_40_logged_reward_without_the_weights():
     types.BatchScore(w * parts[name], {name: parts[name]}, None) for name, w in weights.items()
   ]
   told = rollouts.rewarded(tiny.experience([9.0, 9.0], [0, 0], [2, 2]), given, weights)
-  row = evaluation.summary(evaluation.outcomes(told, tokenizers.Bytes(), '', 'accuracy'))
+  row = evaluation.summary(evaluation.outcomes(told, tokenizers.Bytes(), 'accuracy'))
   assert (row['reward'], row['reward/accuracy'], row['reward/format']) == (1.0, 0.5, 1.0)
 
 

@@ -197,7 +197,7 @@ def make_learner(model, mesh):
     mesh=mesh,
     tx=optim.build(cfg, jax.eval_shape(model.init, jax.random.key(0)), 10),
     ema_decay=cfg.ema_decay,
-    terms=(learner.Term(learner.nll, None),),
+    terms=(learner.Term(learner.nll, None, 'weight'),),
     form=(1.0, None, 1.0, jnp.dtype('float32')),
     forbidden=(0,),
     loss_chunk=8,

@@ -67,7 +67,7 @@ def test_the_engine_has_the_same_gradient(tmp_path):
   weight_BT, denominator = algorithm.weights(experience)
   aux = {'weight': weight_BT, 'adv': algorithm.advantages(experience)}
   sampled = packing.sequences(experience.tokens_BT, experience.length_B, aux)
-  reinforce = tiny.make_learner(policy, params, learner.Term(algorithm.token_loss, None))
+  reinforce = tiny.make_learner(policy, params, learner.Term(algorithm.token_loss, None, 'weight'))
   policy_gradient = gradients(reinforce, params, sampled, denominator)
 
   keeper = collecting.Keeper('accuracy', {'accuracy': (None, 1.0)}, None, '')
@@ -82,7 +82,7 @@ def test_the_engine_has_the_same_gradient(tmp_path):
   # 3 of 6 were kept; the supervised loss is a mean over their 3 + 2 + 6 tokens
   trained = sum(seq.index_M.size for seq in kept)
   assert trained == 11 and denominator == 6
-  supervised = tiny.make_learner(policy, params, learner.Term(learner.nll, None))
+  supervised = tiny.make_learner(policy, params, learner.Term(learner.nll, None, 'weight'))
   star = gradients(supervised, params, kept, float(trained))
   assert max(float(jnp.abs(g).max()) for g in policy_gradient) > 0.01
   for ours, theirs in zip(star, policy_gradient, strict=True):

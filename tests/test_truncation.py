@@ -42,7 +42,7 @@ PARAMS = parameters()
 
 def make(temperature, mesh='111'):
   sampler = sampling.Sampler(MODEL, MESHES[mesh], FORBIDDEN)
-  term = learner.Term(GRPO.token_loss, None)
+  term = learner.Term(GRPO.token_loss, None, 'weight')
   student = tiny.make_learner(MODEL, PARAMS, term)
   return sampler, dataclasses.replace(
     student,

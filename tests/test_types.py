@@ -43,7 +43,9 @@ def test_take_rows_keeps_rollouts_whole():
 
 
 def test_every_field_with_a_row_axis_is_picked():
-  whole = sample(reward_BT=np.ones((4, 5), np.float32), support={'kept': np.ones((4, 5, 3), np.int32)})
+  whole = sample(
+    reward_BT=np.ones((4, 5), np.float32), support={'kept': np.ones((4, 5, 3), np.int32)}
+  )
   part = rollouts.take_rows(whole, np.array([1]))
   assert part.support['kept'].shape[0] == 1
   for field in dataclasses.fields(types.Experience):

@@ -39,7 +39,7 @@ def make_learner(policy, params, *terms, steps=10, ema_decay=None, **changes) ->
     mesh=sharding.make_mesh(1, 1, 1),
     tx=optim.build(optimizer(**changes), params, steps),
     ema_decay=ema_decay,
-    terms=terms or (learner.Term(learner.nll, None),),
+    terms=terms or (learner.Term(learner.nll, None, 'weight'),),
     form=(1.0, None, 1.0, jnp.dtype('float32')),
     forbidden=(),
     loss_chunk=16,

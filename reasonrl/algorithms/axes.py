@@ -47,7 +47,7 @@ def check(cfg, num_generations: int, rewards) -> None:
     raise records.UserError(
       f'algorithm.zero_variance_of={cfg.zero_variance_of!r} is not one of {choices}'
     )
-  if num_generations < 2 and (cfg.baseline != 'none' or cfg.gdpo):
+  if num_generations < 2 and (cfg.baseline not in ('none', 'batch_mean') or cfg.gdpo):
     raise records.UserError(
       f'num_generations={num_generations}: group-relative advantages need at least 2 samples '
       'per prompt (the advantage of a group of one is always 0)'
@@ -86,9 +86,9 @@ def refusals(cfg) -> list[tuple[bool, str]]:
       "scale_rewards='mean' needs baseline='group_mean'",
     ),
     (
-      cfg.baseline == 'none' and cfg.scale_rewards == 'group',
-      "scale_rewards='group' needs a group baseline; with baseline='none' use 'batch', 'none' or "
-      'whiten=True',
+      cfg.baseline in ('none', 'batch_mean') and cfg.scale_rewards == 'group',
+      f"scale_rewards='group' needs a group baseline; with baseline={cfg.baseline!r} use 'batch', "
+      "'none' or whiten=True",
     ),
     (
       cfg.gdpo and (cfg.returns == 'to_go' or cfg.kl_in_reward),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,6 +28,19 @@ class SingleTurn:
   slots: int
   controls: Mapping[str, Mapping]  # see `controls.build`
 
+  reads: ClassVar[frozenset[str]] = frozenset()
+  facts: ClassVar[tuple[str, ...]] = ()
+
+  def longest(self, tokenizer, max_prompt: int) -> int:
+    """Tokens of the longest row."""
+    del tokenizer
+    return max_prompt + self.max_completion_length
+
+  def describe(self, experience: types.Experience) -> dict[str, float]:
+    """It has no metrics of its own."""
+    del experience
+    return {}
+
   def rollout(self, tools: types.Tools, state: dict, step: int) -> types.Experience:
     """Samples num_generations completions of each of the next prompts and scores them."""
     examples, G = tools.examples(), self.num_generations
@@ -45,9 +59,7 @@ class SingleTurn:
       prompt_R=prompt_R,
       key_R=tools.row_keys(step, id_R, sample_R, 0),
       max_new_R=np.full(prompt_R.size, self.max_completion_length, np.int32),
-      numbers={
-        name: np.full(prompt_R.size, number, np.int32) for name, number in numbers.items()
-      },
+      numbers={name: np.full(prompt_R.size, number, np.int32) for name, number in numbers.items()},
     )
     spec = types.Spec(
       temperature=self.temperature,

@@ -14,9 +14,9 @@ A reward that needs the models (a reward model, an information gain) has instead
 
     batch(tools, state, experience) -> types.BatchScore
 
-and judges all rollouts of an experience in the trainer's process; `tools` and `state` are those of
-the environment ('params', 'ema', 'version'; in training also 'ref' if the algorithm needs it), and
-`tools.score(params, experience.rows)` gives log-probabilities.
+(a tuple will do) and judges all rollouts of an experience in the trainer's process; `tools` and
+`state` are those of the environment ('params', 'ema', 'version'; in training also 'ref' if it is
+needed), and `tools.score(params, experience.rows)` gives log-probabilities.
 """
 
 from reasonrl.rewards import (
@@ -27,7 +27,9 @@ from reasonrl.rewards import (
   countdown,
   format,
   gsm8k,
+  information_gain,
   lcpo,
+  next_token,
   overlong,
   repetition,
 )
@@ -44,6 +46,10 @@ REWARDS = {
   'soft_overlong': overlong.SoftOverlong,
   'lcpo': lcpo.LCPO,
   'cosine': cosine.Cosine,
+  'information_gain': information_gain.InformationGain,
+  'token_match': next_token.TokenMatch,
+  'prefix_match': next_token.PrefixMatch,
+  'trace': next_token.Trace,
   'repetition': repetition.Repetition,
   'repetition_sparse': repetition.RepetitionSparse,
 }

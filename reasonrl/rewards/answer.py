@@ -39,7 +39,7 @@ _NO_MEANING = re.compile(r'\\[$%!,;:]|[$%]')
 
 def extract(text: str) -> str | None:
   """The answer that `text` states in one of the agreed forms; None if it states none."""
-  boxed = _last_boxed(text)
+  boxed = last_boxed(text)
   if boxed is not None:
     return boxed
   closed = text.rfind(records.ANSWER_CLOSE)
@@ -69,7 +69,7 @@ def after_thinking(text: str) -> str:
   return rest if closed and records.THINK_OPEN not in rest else ''
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
   """Content of the \\boxed{ that begins last among those whose brace is closed."""
   text = text[: text.rfind('}') + 1]
   if '\\boxed' not in text:

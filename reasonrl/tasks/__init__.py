@@ -23,6 +23,8 @@ from reasonrl.tasks import (
   reasoning_gym,
   shuffled_objects,
   subset,
+  text,
+  varchain,
 )
 
 TASKS = {
@@ -33,6 +35,8 @@ TASKS = {
   'mixture': mixture.Mixture,
   'collected': collected.Collected,
   'subset': subset.Subset,
+  'text': text.Text,
+  'varchain': varchain.VarChain,
   'reasoning_gym': reasoning_gym.ReasoningGym,
   'jsonl': jsonl.Jsonl,
   'gsm8k': gsm8k.Gsm8k,
