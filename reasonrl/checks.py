@@ -67,6 +67,11 @@ def check(setup: wiring.Setup, order) -> None:
   for part in parts(setup.task):
     rewards(part, setup.rewards)
   draws(setup, setup.evaluation_env)
+  for role in setup.evaluation_env.reads:
+    raise records.UserError(
+      f'evaluation.env.no_think={setup.evaluation_env.no_think!r} reads {role}, but an evaluation '
+      "has the policy alone: 'policy'"
+    )
   swept(setup)
   for name, phase in setup.phases.items():
     source(setup.config, order, name, phase.section.init, f'{name}.init')
