@@ -301,8 +301,8 @@ def varchain() -> ConfigDict:
       'min_words': 6,
       'max_words': 6,
       'num_words': 16,
-      'thought_probability': 0.4,
-      'thought_at_answer_probability': 0.5,
+      'thought_probability': 0.7,
+      'thought_at_answer_probability': 0.7,
       'thought_kinds': (0.4, 0.3, 0.3),  # all hops, the first, dots
       'error_probability': 0.05,
     }

@@ -2,21 +2,68 @@ r"""RLP (arXiv 2510.01265): a model thinks before it predicts the next token of 
 is paid for what the thought tells of it.
 
   python -m reasonrl.main --config=configs/rlp.py              tiny model from scratch, VarChain
-  python -m reasonrl.main --config=configs/rlp.py:debug        the same, short
+  python -m reasonrl.main --config=configs/rlp.py:ntp          with the loss of the text beside it
+  python -m reasonrl.main --config=configs/rlp.py:uniform      at any token of the text
+  python -m reasonrl.main --config=configs/rlp.py:rpt          RPT's reward (arXiv 2506.08007)
+  python -m reasonrl.main --config=configs/rlp.py:cpt          the same compute of next-token loss
+  python -m reasonrl.main --config=configs/rlp.py:other        control: paid for another's thought
+  python -m reasonrl.main --config=configs/rlp.py:short        control: thoughts of two tokens
+  python -m reasonrl.main --config=configs/rlp.py:posttrain \
+    --config.sft.init=runs/rlp/phases/rlp --config.tokenizer.kind=saved \
+    --config.tokenizer.path=runs/rlp/tokenizer                 SFT and GRPO on questions, on top
+  python -m reasonrl.main --config=configs/rlp.py:smollm2 --config.task.train=train.txt \
+    --config.task.test=test.txt                                SmolLM2-135M-Instruct, your text
+  python -m reasonrl.main --config=configs/rlp.py:debug        the first, short
+
+There is no official code. What the paper leaves open and what was chosen: the policy samples
+</think> and is trained on it; at the cap it is written. A thought has neither <think> nor EOS, and
+does not begin with </think>: sampler and trainer both know. Texts are scored at temperature 1, and
+without thinking by their own tokens alone. Clipping is at .2, which with one update per thought
+does nothing.
 """
 
 from reasonrl.configs import common
 
 VARIANTS = {
   '': 'tiny model from scratch on texts in which some tokens need reasoning',
-  'debug': 'the same in half a minute, too short to learn much',
+  'ntp': 'the same with .3 of the next-token loss beside it',
+  'uniform': 'the same at any token of a text, not half of them at answers',
+  'rpt': 'the same with the reward of RPT for a single token',
+  'cpt': 'continued pretraining with the same compute',
+  'other': 'a control: the reward is that of the thought about another text',
+  'short': 'a control: thoughts of two tokens',
+  'posttrain': 'SFT and GRPO on questions of the same world',
+  'smollm2': 'SmolLM2-135M-Instruct on a text of yours',
+  'debug': 'the first in half a minute, too short to learn much',
 }
 
 
 def get_config(arg=''):
   """The experiment; `arg` is a key of VARIANTS."""
   variant = common.parse(arg, VARIANTS)
-  config = tiny()
+  config = {'posttrain': posttrain, 'smollm2': smollm2}.get(variant, tiny)()
+  if variant == 'ntp':
+    config.rlp.ntp_coef = 0.3
+  if variant == 'uniform':
+    config.rlp.env.position_sampler = 'uniform'
+  if variant == 'rpt':
+    config.rewards.information_gain.weight = 0.0
+    config.rewards.token_match.weight = 1.0
+    config.rlp.env.predicts = 1
+  if variant == 'cpt':
+    config.phases = ('pretrain', 'cpt')
+    config.cpt = common.supervised(learning_rate=config.rlp.optim.learning_rate)
+    config.cpt.steps = config.rlp.steps
+    # The paper's match, G (context + thought) + context tokens a position: with contexts of 20 that
+    # is 288 texts of 29 tokens for the 32 positions of a step.
+    config.cpt.examples_per_step = 288
+    config.cpt.row_length = config.pretrain.row_length
+    config.cpt.rows_per_batch = 16
+    config.cpt.eval_every = config.rlp.eval_every
+  if variant == 'other':
+    config.rlp.env.thoughts = 'other'
+  if variant == 'short':
+    config.rlp.env.max_thought = 3  # </think> included
   if variant == 'debug':
     config.pretrain.steps = 60
     config.rlp.steps = 6
@@ -28,24 +75,31 @@ def get_config(arg=''):
   return config
 
 
-def tiny():
-  """A nano decoder reads VarChain: learns its texts, then to think before their tokens."""
-  config = common.base('rlp')
-  config.phases = ('pretrain', 'rlp')
+def world(name: str):
+  """`base` with a nano decoder and the tokens of VarChain, without thoughts in its texts."""
+  config = common.base(name)
   config.models.policy = common.model('nano')
+  config.models.policy.tied_embeddings = False  # tied, it does not learn to add
   config.tokenizer = common.tokenizer('sentencepiece')
   config.tokenizer.model_type = 'char'
   config.tokenizer.byte_fallback = False
   config.task = common.varchain()
-  config.task.thought_probability = 0.0  # of what is held out, and of what is thought about
+  config.task.thought_probability = 0.0
   config.prompt = common.prompt('plain')
   config.prompt.add_bos = True
-  config.prompt.max_length = 16
+  config.prompt.max_length = 32
+  return config
+
+
+def tiny():
+  """A nano decoder learns the texts of VarChain, then to think before their tokens."""
+  config = world('rlp')
+  config.phases = ('pretrain', 'rlp')
   config.rewards = common.rewards(information_gain=1.0, token_match=0.0, trace=0.0)
 
   config.pretrain = common.supervised(learning_rate=3e-3)
   config.pretrain.task = common.varchain()
-  config.pretrain.steps = 2000
+  config.pretrain.steps = 4000
   config.pretrain.examples_per_step = 64
   config.pretrain.row_length = 96
   config.pretrain.rows_per_batch = 16
@@ -59,8 +113,8 @@ def tiny():
   config.rlp.prompts_per_step = 32
   config.rlp.row_length = 96
   config.rlp.rows_per_batch = 16
-  config.rlp.eval_every = 50
-  config.rlp.optim.ema_decay = 0.99
+  config.rlp.eval_every = 25
+  config.rlp.optim.ema_decay = 0.99  # the paper's .999 has a half-life of 693 steps
   config.rlp.env = env = common.next_token()
   env.num_generations = 8
   env.max_context = 48
@@ -74,7 +128,75 @@ def tiny():
   config.evaluation.by = 'class'
   config.evaluation.env = held_out = config.rlp.env.copy_and_resolve_references()
   held_out.class_weights = {'answer': 0.5, 'random': 0.15, 'markov': 0.15, 'syntax': 0.15}
-  held_out.no_think = 'policy'
-  held_out.num_generations = 8
+  held_out.no_think = 'policy'  # any phase has it
   held_out.slots = 1024
+  return config
+
+
+def posttrain():
+  """Questions of the same world, with answers: worked solutions, then GRPO."""
+  config = world('rlp_posttrain')
+  config.phases = ('sft', 'rl')
+  config.task = common.varchain()
+  config.task.form = 'question'
+  config.rewards = common.rewards(accuracy=1.0, r1_format=1.0)
+  config.rewards.r1_format.allow_empty_think = True
+
+  config.sft = common.supervised(learning_rate=1e-3)
+  config.sft.steps = 100
+  config.sft.examples_per_step = 64
+  config.sft.rows_per_batch = 16
+  config.sft.optim.schedule = 'cosine'
+
+  config.rl = common.reinforce('grpo', learning_rate=3e-4)
+  config.rl.steps = 100
+  config.rl.env.num_generations = 8
+  config.rl.env.max_completion_length = 20
+  config.rl.row_length = 64
+  config.rl.rows_per_batch = 16
+  config.rl.eval_every = 25
+
+  config.evaluation = common.evaluation()
+  config.evaluation.by = 'hops'
+  config.evaluation.env.max_completion_length = 20
+  return config
+
+
+# The paper's prompt says the same; it is printed with a slip, so this is our wording.
+_INSTRUCTION = (
+  'You continue a text. Think briefly, between <think> and </think>, about what comes next. Then '
+  'go on with the text in its own style, without a comment.\n\n'
+)
+
+
+def smollm2():
+  """Short thoughts before the tokens of a text, at positions that are hard without them."""
+  config = common.smollm2_sums('rlp')
+  config.phases = ('rlp',)
+  config.task = common.text()
+  config.task.max_chars = 800
+  config.prompt = common.prompt('plain')
+  config.rewards = common.rewards(information_gain=1.0, token_match=0.0)
+
+  config.rlp = common.reinforce('rlp', learning_rate=1e-5)
+  config.rlp.steps = 20
+  config.rlp.prompts_per_step = 8
+  config.rlp.row_length = 192
+  config.rlp.rows_per_batch = 8
+  config.rlp.eval_every = 10
+  config.rlp.optim.ema_decay = 0.99
+  config.rlp.env = env = common.next_token()
+  env.num_generations = 8
+  env.instruction = _INSTRUCTION
+  env.max_context = 96
+  env.max_thought = 24
+  env.position_sampler = 'topq_entropy'
+
+  config.evaluation = common.evaluation()
+  config.evaluation.num_examples = 128
+  config.evaluation.correct = 'token_match'
+  config.evaluation.env = held_out = env.copy_and_resolve_references()
+  held_out.num_generations = 2
+  held_out.no_think = 'policy'
+  held_out.slots = 64
   return config

@@ -63,8 +63,7 @@ def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length
   """Prompt + solution + EOS as a Sequence scored from the prompt's end, EOS included.
 
   `prefill` is the beginning of the solution that the prompt already holds. A solution that was
-  sampled has its ids in meta[TOKEN_IDS]. A text is cut where the row ends, and a part of one has no
-  EOS.
+  sampled has its ids in meta[TOKEN_IDS]. A text is its `text_sequence`.
 
   Raises:
     UserError: the example has no solution, it begins differently, or does not fit a row.
@@ -73,7 +72,8 @@ def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length
     raise records.UserError(
       f'task {example.task!r} has no solutions to learn from: it cannot feed a supervised phase'
     )
-  text = example.meta.get(records.TEXT)
+  if records.TEXT in example.meta:
+    return text_sequence(tokenizer, prompt_ids, example, row_length)
   if records.TOKEN_IDS in example.meta:
     rest = example.meta[records.TOKEN_IDS]
   elif not example.solution.startswith(prefill):
@@ -82,16 +82,36 @@ def supervised_sequence(tokenizer, prompt_ids, prefill: str, example, row_length
       f'does not begin with prompt.prefill={prefill!r}'
     )
   else:
-    encode = tokenizer.encode_user if text else tokenizer.encode
-    rest = [*encode(example.solution.removeprefix(prefill)), tokenizer.eos_ids[0]]
+    rest = [*tokenizer.encode(example.solution.removeprefix(prefill)), tokenizer.eos_ids[0]]
   ids = [*prompt_ids, *rest]
-  if text:
-    ids = ids[: -1 if text == records.PART else None][:row_length]
   if len(ids) > row_length:
     raise records.UserError(
       f'{example.task} example {example.index} has {len(ids)} tokens, more than '
       f'row_length={row_length}'
     )
-  index = np.arange(max(len(prompt_ids), 1), len(ids))  # nothing predicts the first token
+  return _sequence(ids, np.arange(len(prompt_ids), len(ids)))
+
+
+def text_sequence(tokenizer, before, example, row_length: int) -> types.Sequence:
+  """A text as a Sequence, EOS at its end if it ends there, cut where the row does.
+
+  `before` are the ids in front of it (BOS). What it says can never become a control token. Tokens
+  of its untrained spans are not scored, nor is the first of all, which nothing predicts.
+  """
+  text, at, pieces = example.solution, 0, []
+  for start, end in example.meta.get(records.UNTRAINED, ()):
+    pieces += [(text[at:start], True), (text[start:end], False)]
+    at = end
+  ids, trained = list(before), [False] * len(before)
+  for piece, learned in (*pieces, (text[at:], True)):
+    more = tokenizer.encode_user(piece)
+    ids, trained = [*ids, *more], [*trained, *[learned] * len(more)]
+  if example.meta[records.TEXT] == records.WHOLE:
+    ids, trained = [*ids, tokenizer.eos_ids[0]], [*trained, True]
+  trained[0] = False
+  return _sequence(ids[:row_length], np.flatnonzero(trained[:row_length]))
+
+
+def _sequence(ids, index) -> types.Sequence:
   aux = {'weight': np.ones(index.size, np.float32)}
   return types.Sequence(np.asarray(ids, np.int32), index, aux)

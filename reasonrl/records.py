@@ -30,8 +30,9 @@ THINK_LENGTH = 'think_length'
 # Key of Example.meta where `solution` is a text to read and there is no problem: WHOLE, or PART of
 # one, which then does not end with EOS. CLASSES: what kind of token stands where, as [first
 # character, one behind the last, kind, the thought that would help to predict it or ''].
+# UNTRAINED: what of it is read and not learned, as [first character, one behind the last].
 TEXT, WHOLE, PART = 'text', 'whole', 'part'
-CLASSES = 'classes'
+CLASSES, UNTRAINED = 'classes', 'untrained'
 # Keys of Example.meta of a position in a text: the kind of its next token and that thought; the ids
 # from there on, and how many bytes 1, 2, ... of them are; the ids that a model said instead, or
 # None.

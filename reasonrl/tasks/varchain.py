@@ -12,8 +12,9 @@ Markov chain follow. So every token has a kind (`records.CLASSES`), with its own
 
 Some texts hold a thought, <think>b2c4</think>, in front of a token: of answers sometimes what would
 help, all hops or the first, sometimes dots; of other tokens dots. This is what a model has to learn
-thinking from: reinforcement cannot invent the format. As a 'question' a segment is a problem with
-an answer, for what comes after pretraining.
+thinking from: reinforcement cannot invent the format. Where one begins is not learned: in RLP it is
+not the model that says when to think. As a 'question' a segment is a problem with an answer, for
+what comes after pretraining.
 
 A world for RLP (Reinforcement as a Pretraining Objective, arXiv 2510.01265); it is not the paper's.
 """
@@ -161,7 +162,8 @@ class VarChain:
     if uniform() >= self.thought_probability:
       meta[records.CLASSES] = spans
     else:
-      text = self._with_thought(uniform, chains, pieces, spans)
+      text, opened = self._with_thought(uniform, chains, pieces, spans)
+      meta[records.UNTRAINED] = [[opened, opened + len(records.THINK_OPEN)]]
     return {'problem': '', 'answer': '', 'solution': text, 'meta': meta}
 
   def _words(self, uniform) -> list[int]:
@@ -174,8 +176,8 @@ class VarChain:
       words.append(next((i for i, c in enumerate(row) if u < c), self.num_words - 1))
     return words
 
-  def _with_thought(self, uniform, chains, pieces, spans) -> str:
-    """The text with a thought in front of one of its tokens, but not of the first."""
+  def _with_thought(self, uniform, chains, pieces, spans) -> tuple[str, int]:
+    """The text with a thought in front of one of its tokens, but not of the first; and where."""
     answers = [i for i, span in enumerate(spans) if span[3]]
     if uniform() < self.thought_at_answer_probability:
       place = splits.choose(uniform, answers)
@@ -185,7 +187,8 @@ class VarChain:
       thought = self._thought(uniform, chains[answers.index(place)][1])
     else:
       thought = self._junk(uniform, 2)
-    return ''.join([*pieces[:place], f'<think>{thought}</think>', *pieces[place:]])
+    before, after = ''.join(pieces[:place]), ''.join(pieces[place:])
+    return f'{before}<think>{thought}</think>{after}', len(before)
 
   def _thought(self, uniform, values) -> str:
     """What stands before an answer."""
