@@ -11,8 +11,10 @@ is paid for what the thought tells of it.
   python -m reasonrl.main --config=configs/rlp.py:posttrain \
     --config.sft.init=runs/rlp/phases/rlp --config.tokenizer.kind=saved \
     --config.tokenizer.path=runs/rlp/tokenizer                 SFT and GRPO on questions, on top
-  python -m reasonrl.main --config=configs/rlp.py:smollm2 --config.task.train=train.txt \
-    --config.task.test=test.txt                                SmolLM2-135M-Instruct, your text
+  python -m reasonrl.main --config=configs/rlp.py:text --config.task.train=train.txt \
+    --config.task.test=test.txt                                a tiny model on a text of yours
+  python -m reasonrl.main --config=configs/rlp.py:smollm2 ...  SmolLM2-135M-Instruct, the same files
+  python -m reasonrl.main --config=configs/rlp.py:paper ...    the numbers of the paper
   python -m reasonrl.main --config=configs/rlp.py:debug        the first, short
 
 There is no official code. What the paper leaves open and what was chosen: the policy samples
@@ -20,6 +22,16 @@ There is no official code. What the paper leaves open and what was chosen: the p
 does not begin with </think>: sampler and trainer both know. Texts are scored at temperature 1, and
 without thinking by their own tokens alone. Clipping is at .2, which with one update per thought
 does nothing.
+
+The names of the paper and of its readers, and where they are here:
+
+  reward               rewards.information_gain | prefix_match | token_match, with env.predicts
+  advantage            algorithm.baseline: leave_one_out | batch_mean | none
+  length norm          algorithm.loss_agg: seq_mean_token_mean | token_sum_const |
+                       seq_mean_token_sum
+  no-think scorer      env.no_think: ema | policy | ref | empty_think;  tau: optim.ema_decay
+  eps_l, eps_h, beta   algorithm.epsilon, epsilon_high, beta;  inner epochs: num_iterations
+  next-token loss      ntp_coef;  G: env.num_generations;  gamma, clip, floor: of the reward
 """
 
 from reasonrl.configs import common
@@ -33,7 +45,9 @@ VARIANTS = {
   'other': 'a control: the reward is that of the thought about another text',
   'short': 'a control: thoughts of two tokens',
   'posttrain': 'SFT and GRPO on questions of the same world',
+  'text': 'tiny model from scratch on a text of yours',
   'smollm2': 'SmolLM2-135M-Instruct on a text of yours',
+  'paper': 'the numbers of the paper, on a text of yours',
   'debug': 'the first in half a minute, too short to learn much',
 }
 
@@ -41,7 +55,8 @@ VARIANTS = {
 def get_config(arg=''):
   """The experiment; `arg` is a key of VARIANTS."""
   variant = common.parse(arg, VARIANTS)
-  config = {'posttrain': posttrain, 'smollm2': smollm2}.get(variant, tiny)()
+  others = {'posttrain': posttrain, 'text': text, 'smollm2': smollm2, 'paper': paper}
+  config = others.get(variant, tiny)()
   if variant == 'ntp':
     config.rlp.ntp_coef = 0.3
   if variant == 'uniform':
@@ -159,6 +174,58 @@ def posttrain():
   config.evaluation = common.evaluation()
   config.evaluation.by = 'hops'
   config.evaluation.env.max_completion_length = 20
+  return config
+
+
+def text():
+  """The tiny run on a file. Where a thought helps is not known, so positions are the hard ones.
+
+  The model has never seen a thought: this shows the machine at work, not a result.
+  """
+  config = tiny()
+  config.name = 'rlp_text'
+  config.models.policy.max_position = 512
+  config.tokenizer = common.tokenizer('sentencepiece')
+  config.task = common.text()
+  config.prompt.max_length = 16
+  config.rewards = common.rewards(information_gain=1.0, token_match=0.0)
+  config.pretrain.task = {}
+  config.pretrain.row_length = 256
+  config.pretrain.rows_per_batch = 8
+  config.rlp.row_length = 256
+  config.rlp.rows_per_batch = 8
+  config.evaluation.by = ''
+  for env in (config.rlp.env, config.evaluation.env):
+    env.position_sampler = 'topq_entropy'
+    env.class_weights = {}
+    env.max_context = 128
+  config.evaluation.num_examples = 256
+  return config
+
+
+def paper():
+  """Qwen3-1.7B-Base in the paper, a general corpus; learning rate, batch and lengths are its own.
+
+  Optimizer and clipping are not stated there. The model here is the one that comes with a package:
+  give another with config.models.policy and config.tokenizer.
+  """
+  config = smollm2()
+  config.task.max_chars = 8000
+  config.rlp.steps = 1200
+  config.rlp.prompts_per_step = 512
+  config.rlp.row_length = 4352
+  config.rlp.rows_per_batch = 1
+  config.rlp.eval_every = 100
+  config.rlp.optim.learning_rate = 1e-6
+  config.rlp.optim.ema_decay = 0.999
+  for env in (config.rlp.env, config.evaluation.env):
+    defaults = common.next_token()
+    defaults.instruction = _INSTRUCTION
+    env.update(defaults)
+  config.evaluation.env.no_think = 'policy'
+  config.evaluation.env.num_generations = 4
+  config.evaluation.env.slots = 64
+  config.models.policy.max_position = 8192
   return config
 
 

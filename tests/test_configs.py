@@ -238,6 +238,7 @@ def pool():
 ROWS = {  # of the files that a user gives
   'jsonl': {'problem': 'What is 1 + 1?', 'answer': '2'},
   'gsm8k': {'question': 'What is 1 + 1?', 'answer': 'It is two.\n#### 2'},
+  'text': {'text': 'There was a cat, and it sat on the mat. '},
   'commonsenseqa': {
     'answerKey': 'A',
     'question': {
@@ -254,12 +255,15 @@ def give_files(config, folder):
     path = folder / f'{split}.jsonl'
     rows = [ROWS[config.task.name] for _ in range(8)]
     for i, row in enumerate(rows):
-      key = {'jsonl': 'problem', 'gsm8k': 'question', 'commonsenseqa': 'id'}[config.task.name]
+      key = {'jsonl': 'problem', 'gsm8k': 'question', 'commonsenseqa': 'id', 'text': 'text'}
+      key = key[config.task.name]
       rows[i] = {**row, key: f'{row.get(key, "")}{split} {i}'}
       if key == 'id':
         rows[i]['question'] = {**row['question'], 'stem': f'Where, {split} {i}?'}
     path.write_text('\n'.join(map(json.dumps, rows)))
     config.task[split] = str(path)
+  if config.task.name == 'text':
+    return
   (folder / 'shots.txt').write_text('Q: What is 1 + 2?\nA: It is 3.\n#### 3\n')
   config.prompt.few_shot = str(folder / 'shots.txt')
 

@@ -56,7 +56,8 @@ def test_every_answer_is_computed_right(modulus, hops):
 
 
 def test_thoughts_are_as_often_and_as_right_as_asked():
-  task = world(segments=1, thought_kinds=(0.5, 0.2, 0.3), error_probability=0.0)
+  often = {'thought_probability': 0.4, 'thought_at_answer_probability': 0.5}
+  task = world(segments=1, thought_kinds=(0.5, 0.2, 0.3), error_probability=0.0, **often)
   found = [task.example('train', i).solution for i in range(4000)]
   thoughts = [re.search(r'^(.*)<think>(.*)</think>(.)', s) for s in found if '<think>' in s]
   assert len(thoughts) / 4000 == pytest.approx(0.4, abs=0.03)
@@ -173,6 +174,13 @@ def test_a_text_is_a_row_that_is_cut_and_ends_with_eos_where_it_ends():
   assert row(whole, 3).tokens_T.tolist() == ids[:3]  # no EOS in the middle
   assert row(whole, 9).index_M.tolist() == [1, 2, 3, 4]  # nothing predicts the first token
   assert row(whole, 9, [99]).index_M.tolist() == [1, 2, 3, 4, 5]  # but BOS does
+  # Nobody learns where a thought begins, but all that it says, and its end.
+  thinks = world(thought_probability=1.0).example('train', 0)
+  (span,) = thinks.meta[records.UNTRAINED]
+  assert thinks.solution[slice(*span)] == '<think>'
+  seq = row(thinks, 99)
+  (opened,) = np.flatnonzero(seq.tokens_T == BYTES.encode_user('<think>'))
+  assert seq.index_M.tolist() == [t for t in range(1, seq.tokens_T.size) if t != opened]
   # What a text says can never become a control token.
   told = dataclasses.replace(whole, solution='<think>')
   assert row(told, 99).tokens_T.tolist()[:-1] == BYTES.encode_user('<think>')

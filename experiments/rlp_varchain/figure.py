@@ -5,8 +5,8 @@
 Writes into --to:
 
     evaluations.jsonl  every held-out evaluation of every run, by kind of token
-    gain.png           gain of thinking at answers by step; accuracy by hops at the end, thinking and
-                       not; accuracy after SFT and GRPO
+    gain.png           gain of thinking at answers by step; accuracy by hops at the end, with a
+                       thought and without; accuracy after SFT and GRPO
     tables.md          the numbers, mean +- half width of the 95 % interval (Student's t over seeds)
 """
 

@@ -26,7 +26,7 @@ class Text:
       or a row of it has none.
   """
 
-  symbols: ClassVar[tuple[str, ...]] = ()
+  symbols: ClassVar[tuple[str, ...]] = (records.THINK_OPEN, records.THINK_CLOSE)
 
   seed: int  # of the order
   train: str  # path; rows of JSON if it ends with .jsonl
