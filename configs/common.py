@@ -301,9 +301,9 @@ def varchain() -> ConfigDict:
       'min_words': 6,
       'max_words': 6,
       'num_words': 16,
-      'thought_probability': 0.7,
-      'thought_at_answer_probability': 0.7,
-      'thought_kinds': (0.4, 0.3, 0.3),  # all hops, the first, dots
+      'thought_probability': 0.8,
+      'thought_at_answer_probability': 0.8,
+      'thought_kinds': (0.5, 0.25, 0.25),  # all hops, the first, dots
       'error_probability': 0.05,
     }
   )

@@ -114,7 +114,7 @@ def tiny():
 
   config.pretrain = common.supervised(learning_rate=3e-3)
   config.pretrain.task = common.varchain()
-  config.pretrain.steps = 4000
+  config.pretrain.steps = 3000
   config.pretrain.examples_per_step = 64
   config.pretrain.row_length = 96
   config.pretrain.rows_per_batch = 16
