@@ -78,7 +78,8 @@ def get_config(arg=''):
   if variant == 'other':
     config.rlp.env.thoughts = 'other'
   if variant == 'short':
-    config.rlp.env.max_thought = 3  # </think> included
+    config.rlp.env.max_thought = 2  # a sampled </think> included
+    config.evaluation.env.max_thought = 2
   if variant == 'debug':
     config.pretrain.steps = 60
     config.rlp.steps = 6

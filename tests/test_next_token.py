@@ -118,9 +118,9 @@ def test_rows_token_by_token():
   assert row(found, 2) == [*ids('gh'), OPEN, 120, CLOSE, *ids('i')]
   P, S, E = types.PROMPT, types.POLICY, types.ENVIRONMENT
   assert found.source_BT[:3].tolist() == [
-    [P, P, P, P, S, S, E, 0, 0],
-    [P, P, P, P, S, S, S, E, E],  # the tag was written
-    [P, P, P, S, S, E, 0, 0, 0],
+    [P, P, P, P, S, S, P, 0, 0],
+    [P, P, P, P, S, S, S, E, P],  # the tag was written
+    [P, P, P, S, S, P, 0, 0, 0],
   ]
   assert found.mask_BT.sum() == 2 + 3 + 2 + 3  # exactly the sampled tokens
   assert found.logp_BT[1].tolist() == [0, 0, 0, 0, -1, -2, -3, 0, 0]
@@ -131,8 +131,8 @@ def test_rows_token_by_token():
   assert sorted(found.support['barred'][1, 5]) == sorted([-1, OPEN, EOS])
   assert (found.support['barred'][found.mask_BT == 0] == -1).all() and 'kept' not in found.support
   assert found.completions[1].think == BYTES.decode([121, 122, 123], skip_special=False)
-  assert found.completions[1].text == f'<think>{found.completions[1].think}</think>d'
-  assert found.completions[0].num_tokens == 3 and found.completions[1].num_tokens == 5
+  assert found.completions[1].text == f'<think>{found.completions[1].think}</think>'
+  assert found.completions[0].num_tokens == 2 and found.completions[1].num_tokens == 4
   example = found.examples[1]
   assert (example.problem, example.answer, example.index) == ('abc', 'd', 7)
   assert (example.meta['class'], example.meta['trace'], example.meta['position']) == (

@@ -85,8 +85,7 @@ def test_sampler_and_trainer_agree_on_thoughts(tmp_path, pool):
   assert 'eval/sampled/reward/information_gain/class=syntax' in last
   shown = [json.loads(line) for line in (tmp_path / 'run' / 'rollouts.jsonl').open()]
   thought = next(row for row in shown if row['kind'] == 'train')
-  assert re.fullmatch(r'<think>.{3,}</think>.+', thought['completion'], re.DOTALL)
-  assert thought['completion'].endswith(thought['answer'])
+  assert re.fullmatch(r'<think>.{3,}</think>', thought['completion'], re.DOTALL)
 
 
 def test_several_updates_on_the_same_thoughts(tmp_path, pool):

@@ -37,8 +37,9 @@ def test_a_text_and_its_kinds_by_hand():
   kinds = ''.join({'syntax': 's', 'random': 'r', 'markov': 'm'}.get(k, 'A') for *_, k, _ in spans)
   formulas, asked = re.fullmatch(r'((?:[a-h]=[^;?]+;)+)(\?[a-h]=\d;)\w+', said).groups()
   hops = formulas.count(';') - 1
-  # a=D;   b=aOD; for each hop   ?v=D;   word word
-  assert kinds == 'ssrs' + hops * 'rssrrs' + 'rssAs' + 'rm'
+  # a=D;   b=aOD; for each hop, of which the first is certain   ?v=D;   word word
+  chain = ''.join('rssrrs' if n else 'sssrrs' for n in range(hops))
+  assert kinds == 'ssrs' + chain + ('s' if hops == 3 else 'r') + 'ssAs' + 'rm'
   (answer,) = [span for span in spans if span[3]]
   values = compute(formulas, 5)
   assert (said[answer[0]], answer[2]) == (str(values[asked[1]]), f'answer_{hops}')

@@ -11,8 +11,8 @@
     no think  context | x_t                                       at the last token of the context
 
 The policy sampled the thought, and </think> if it came by itself; where the thought was cut off
-that is written. x_t is what the text says: nothing trains on it. A horizon above 1 is an extension:
-so many tokens of the text behind one thought.
+that is written. x_t is what the text says, given as the context is: nothing trains on it. A horizon
+above 1 is an extension: so many tokens of the text behind one thought.
 
 With `predicts` above 0 the model goes on behind its thought instead, and what it says is sampled
 and trained as well: RPT (arXiv 2506.08007), rewards `prefix_match` and `token_match`.
@@ -118,14 +118,15 @@ class NextToken:
 
   @property
   def max_completion_length(self) -> int:
-    """Tokens behind `open` at most: the thought, a `close` of one token, and what follows."""
-    return self.max_thought + 1 + (self.predicts or self.horizon)
+    """Tokens behind `open` at most: the thought, a `close` of one token, and what is said then."""
+    return self.max_thought + 1 + self.predicts
 
   def longest(self, tokenizer, max_prompt: int) -> int:
     """Tokens of the longest row; there is no prompt."""
     del max_prompt
     written = sum(len(tokenizer.encode(x)) for x in (self.instruction, self.open, self.close))
-    return self.max_context + written - 1 + self.max_completion_length
+    follows = 0 if self.predicts else self.horizon
+    return self.max_context + written - 1 + self.max_completion_length + follows
 
   # ---------------------------------------------------------------------------------- a rollout
 
@@ -156,14 +157,16 @@ class NextToken:
       each, spec = np.arange(len(behind), dtype=np.int32), self._spec(tools, ())
       said = self._sample(tools, state, behind, each, keys(1), self.predicts, spec)
     ends = said.ids if said else [found[c].after[: self.horizon] for c in context_R]
-    wholes = [np.concatenate(parts) for parts in zip(heads, ends, strict=True)]
     tokens_BT, length_B = padded(
-      [np.concatenate([prompts[c], whole]) for c, whole in zip(context_R, wholes, strict=True)]
+      [np.concatenate([prompts[c], *row]) for c, *row in zip(context_R, heads, ends, strict=True)]
     )
+    if said:
+      heads = [np.concatenate(parts) for parts in zip(heads, said.ids, strict=True)]
 
     # ---- who wrote which token, and what it was drawn from
     size = lambda arrays: np.asarray([x.size for x in arrays], np.int32)
-    prompt_B, thought_B, head_B = size(prompts)[context_R], size(thought.ids), size(heads)
+    prompt_B, thought_B = size(prompts)[context_R], size(thought.ids)
+    head_B = thought_B + size(tags)
     untrained_B = 0 if self.train_close else closed_R * close.size
     at_BT = np.arange(tokens_BT.shape[1])[None] - prompt_B[:, None]
     inside = lambda a_B, b_B: (
@@ -186,7 +189,7 @@ class NextToken:
     support = {'barred': barred_BTK}
     if thought.kept is not None:
       support['kept'] = spread('kept', -1, np.int32)
-    source_BT = np.where(inside(0, length_B - prompt_B), types.ENVIRONMENT, types.PROMPT)
+    source_BT = np.where(inside(0, head_B), types.ENVIRONMENT, types.PROMPT)
     experience = types.Experience(
       tokens_BT=tokens_BT,
       prompt_length_B=prompt_B,
@@ -207,8 +210,8 @@ class NextToken:
         self._example(tools, found[c], said and said.ids[r]) for r, c in enumerate(context_R)
       ),
       completions=tuple(
-        self._completion(tools, whole, stop)
-        for whole, stop in zip(wholes, thought.stop_R, strict=True)
+        self._completion(tools, head, stop)
+        for head, stop in zip(heads, thought.stop_R, strict=True)
       ),
     )
     if not said:

@@ -6,9 +6,9 @@ A segment assigns `a` and then one variable for each hop, asks for the last and 
 Markov chain follow. So every token has a kind (`records.CLASSES`), with its own best prediction:
 
     answer_1, answer_2, ...   what was asked for, behind so many hops: certain for who computes it
-    random                    a digit, an operation, whether another hop comes, the first word
+    random                    a digit, an operation, the first word, and whether another hop comes
     markov                    the next word: a thought cannot help
-    syntax                    certain for who reads along
+    syntax                    certain for who reads along (but for how many words there are)
 
 Some texts hold a thought, <think>b2c4</think>, in front of a token: of answers sometimes what would
 help, all hops or the first, sometimes dots; of other tokens dots. This is what a model has to learn
@@ -145,13 +145,15 @@ class VarChain:
 
     for formulas, values, words in chains:
       hops = len(values) - 1
+      # Whether there is another hop is open from the least to the most of them.
+      goes_on = lambda n: 'random' if self.min_hops <= n < self.max_hops else 'syntax'
       for n, formula in enumerate(formulas.split(';')[:-1]):
         # a = DIGIT ;   b = a OPERATION DIGIT ;
-        put(formula[0], 'random' if n else 'syntax')
+        put(formula[0], goes_on(n - 1))
         for i, character in enumerate(formula[1:], 1):
           put(character, 'random' if i == len(formula) - 1 or i == 3 else 'syntax')
         put(';', 'syntax')
-      put('?', 'random')
+      put('?', goes_on(hops))
       put(VARIABLES[hops], 'syntax')
       put('=', 'syntax')
       put(str(values[-1]), f'answer_{hops}', trace(values))
