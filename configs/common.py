@@ -420,7 +420,7 @@ def rewards(**weights: float) -> ConfigDict:
       'margin': 16,  # tokens below max_length that count as exceeded; the authors' code
     },
     'information_gain': {  # RLP, arXiv 2510.01265
-      'gamma': 1.0,  # of a horizon above 1
+      'discount': 1.0,  # gamma, per token of a horizon above 1
       'clip': placeholder(float),  # None = none
       'floor': -30.0,  # of a log-probability: one impossible token would outweigh all others
     },
@@ -626,12 +626,10 @@ def next_token() -> ConfigDict:
       'max_context': 2048,  # tokens
       'horizon': 1,  # tokens behind a thought; more are an extension
       'instruction': '',  # before the context, where it thinks; ours for base models: none
-      'open': '<think>',
-      'close': '</think>',
       'num_generations': 16,  # G
-      'max_thought': 2048,  # tokens, a sampled `close` included
+      'max_thought': 2048,  # tokens, a sampled </think> included
       'min_thought': 1,  # tokens before it
-      'train_close': True,  # a sampled `close` is a token of the thought: stopping is learned
+      'train_close': True,  # a sampled </think> is trained as well: stopping is learned
       'temperature': 0.7,
       'top_k': 0,  # these four as in single_turn
       'top_p': 1.0,

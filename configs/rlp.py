@@ -4,7 +4,8 @@ is paid for what the thought tells of it.
   python -m reasonrl.main --config=configs/rlp.py              tiny model from scratch, VarChain
   python -m reasonrl.main --config=configs/rlp.py:ntp          with the loss of the text beside it
   python -m reasonrl.main --config=configs/rlp.py:uniform      at any token of the text
-  python -m reasonrl.main --config=configs/rlp.py:rpt          RPT's reward (arXiv 2506.08007)
+  python -m reasonrl.main --config=configs/rlp.py:rpt          RPT (arXiv 2506.08007), one token
+  python -m reasonrl.main --config=configs/rlp.py:prefix       the same, up to four tokens
   python -m reasonrl.main --config=configs/rlp.py:cpt          the same compute of next-token loss
   python -m reasonrl.main --config=configs/rlp.py:other        control: paid for another's thought
   python -m reasonrl.main --config=configs/rlp.py:short        control: thoughts of two tokens
@@ -31,7 +32,8 @@ The names of the paper and of its readers, and where they are here:
                        seq_mean_token_sum
   no-think scorer      env.no_think: ema | policy | ref | empty_think;  tau: optim.ema_decay
   eps_l, eps_h, beta   algorithm.epsilon, epsilon_high, beta;  inner epochs: num_iterations
-  next-token loss      ntp_coef;  G: env.num_generations;  gamma, clip, floor: of the reward
+  next-token loss      ntp_coef;  G: env.num_generations
+  gamma, clip, floor   rewards.information_gain.discount, clip, floor
 """
 
 from reasonrl.configs import common
@@ -42,6 +44,7 @@ VARIANTS = {
   'uniform': 'the same at any token of a text, not half of them at answers',
   'rpt': 'the same with the reward of RPT for a single token',
   'cpt': 'continued pretraining with the same compute',
+  'prefix': 'the same with the reward of RPT: up to four tokens are said, byte by byte right',
   'other': 'a control: the reward is that of the thought about another text',
   'short': 'a control: thoughts of two tokens',
   'posttrain': 'SFT and GRPO on questions of the same world',
@@ -65,6 +68,9 @@ def get_config(arg=''):
     config.rewards.information_gain.weight = 0.0
     config.rewards.token_match.weight = 1.0
     config.rlp.env.predicts = 1
+  if variant == 'prefix':
+    config.rewards = common.rewards(information_gain=0.0, prefix_match=1.0, token_match=0.0)
+    config.rlp.env.predicts = 4
   if variant == 'cpt':
     config.phases = ('pretrain', 'cpt')
     config.cpt = common.supervised(learning_rate=config.rlp.optim.learning_rate)
@@ -181,7 +187,8 @@ def posttrain():
 def text():
   """The tiny run on a file. Where a thought helps is not known, so positions are the hard ones.
 
-  The model has never seen a thought: this shows the machine at work, not a result.
+  The model has never seen a thought: this shows the machine at work, not a result. What is held out
+  are any positions, so that they are the same in every evaluation.
   """
   config = tiny()
   config.name = 'rlp_text'
@@ -197,9 +204,10 @@ def text():
   config.rlp.rows_per_batch = 8
   config.evaluation.by = ''
   for env in (config.rlp.env, config.evaluation.env):
-    env.position_sampler = 'topq_entropy'
+    env.position_sampler = 'uniform'
     env.class_weights = {}
     env.max_context = 128
+  config.rlp.env.position_sampler = 'topq_entropy'
   config.evaluation.num_examples = 256
   return config
 
@@ -223,10 +231,8 @@ def paper():
     defaults = common.next_token()
     defaults.instruction = _INSTRUCTION
     env.update(defaults)
-  config.evaluation.env.no_think = 'policy'
-  config.evaluation.env.num_generations = 4
-  config.evaluation.env.slots = 64
-  config.models.policy.max_position = 8192
+  config.rlp.env.slots = 64
+  config.evaluation.env.update(no_think='policy', num_generations=4, slots=64)
   return config
 
 
@@ -264,6 +270,7 @@ def smollm2():
   config.evaluation.num_examples = 128
   config.evaluation.correct = 'token_match'
   config.evaluation.env = held_out = env.copy_and_resolve_references()
+  held_out.position_sampler = 'uniform'
   held_out.num_generations = 2
   held_out.no_think = 'policy'
   held_out.slots = 64

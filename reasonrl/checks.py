@@ -67,11 +67,8 @@ def check(setup: wiring.Setup, order) -> None:
   for part in parts(setup.task):
     rewards(part, setup.rewards)
   draws(setup, setup.evaluation_env)
-  for role in setup.evaluation_env.reads:
-    raise records.UserError(
-      f'evaluation.env.no_think={setup.evaluation_env.no_think!r} reads {role}, but an evaluation '
-      "has the policy alone: 'policy'"
-    )
+  if setup.evaluation_env.of_texts:
+    held_out_texts(setup)
   swept(setup)
   for name, phase in setup.phases.items():
     source(setup.config, order, name, phase.section.init, f'{name}.init')
@@ -82,6 +79,8 @@ def check(setup: wiring.Setup, order) -> None:
       reinforced(setup, order, phase)
     if phase.env:
       draws(setup, phase.env)
+      if phase.section.kind == 'collect' and phase.env.of_texts:
+        raise records.UserError(f"{name}.env: what is collected are answers, of env 'single_turn'")
       if phase.section.kind == 'collect' and phase.env.controls:
         raise records.UserError(
           f'{name}.env.controls: what they write would be learned as if the model had said it'
@@ -139,6 +138,25 @@ def draws(setup: wiring.Setup, env) -> types.Spec:
   return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids), applied)
 
 
+def held_out_texts(setup: wiring.Setup) -> None:
+  """What is held out must not move with the parameters, and is one position of every text."""
+  env = setup.evaluation_env
+  for role in env.reads:
+    raise records.UserError(
+      f'evaluation.env.no_think={env.no_think!r} reads {role}, but an evaluation has the policy '
+      "alone: 'policy'"
+    )
+  if env.position_sampler not in ('uniform', 'class') or env.positions_per_text != 1:
+    raise records.UserError(
+      f'evaluation.env.position_sampler={env.position_sampler!r} positions_per_text='
+      f"{env.positions_per_text} must be 'uniform' or 'class', and 1"
+    )
+  if setup.budgets:
+    raise records.UserError(
+      f'evaluation.budgets={sorted(setup.budgets)}: the environment of texts has no such sweeps'
+    )
+
+
 def swept(setup: wiring.Setup) -> None:
   """Every setting of a sweep of budgets can be rolled out."""
   cap = setup.evaluation_env.max_completion_length
@@ -166,6 +184,11 @@ def reinforced(setup: wiring.Setup, order, phase: wiring.Phase) -> None:
   """Environment, algorithm and reference must fit each other."""
   name, section, env, algorithm = phase.name, phase.section, phase.env, phase.algorithm
   algorithm.check(env.num_generations, tuple(setup.rewards))
+  paid = {n: fn for n, (fn, weight) in setup.rewards.items() if weight}
+  if paid and not any(env.offers in getattr(fn, 'needs', (env.offers,)) for fn in paid.values()):
+    raise records.UserError(
+      f'rewards={", ".join(paid)} do not apply to what {name}.env makes: nothing would be trained'
+    )
   discounts = {n: fn.gamma for n, (fn, _) in setup.rewards.items() if hasattr(fn, 'gamma')}
   algorithm.check_credit(discounts)
   if 'ema' in env.reads and section.optim.ema_decay is None:
@@ -281,10 +304,13 @@ def examples(setup: wiring.Setup, phase: wiring.Phase, task) -> None:
   rationalizes = phase.section.kind == 'collect' and phase.section.p_rationalization
   for raw in (part.example('train', i) for part in parts(task) for i in range(32)):
     (example,) = setup.augmented([raw], phase.augmentations)
-    if phase.section.kind == 'supervised':
-      setup.supervised_sequence(example, phase.section.few_shot, phase.section.row_length)
+    section = phase.section
+    if section.kind == 'supervised':
+      setup.supervised_sequence(example, section.few_shot, section.row_length)
     else:
-      setup.prompt(example)
+      (phase.env or setup.evaluation_env).fits(setup, example)
+    if section.kind == 'reinforce' and section.ntp_coef:
+      setup.supervised_sequence(example, False, section.row_length)
     if rationalizes and records.HINT_SHOWN in example.meta:
       raise records.UserError(
         f'{phase.name}.p_rationalization={rationalizes}, but problems of {example.task} show their '

@@ -314,28 +314,35 @@ class Forbid(Control):
 class Thought(Control):
   """A completion is a thought: it ends behind `close` and has at least `least` tokens before that.
 
-  So that it has them, the first of them are not the first token of `close`; none is of `never`. Its
+  So that it has them, the first of them are not the first of `close_ids`; none is of `never`. Its
   log-probabilities are those of the draw without them: `barred` tells the trainer.
   """
 
   NUMBERS: ClassVar[tuple[str, ...]] = ()
 
-  close: tuple[int, ...]
+  close: Pattern
+  close_ids: tuple[int, ...]
   least: int
   never: tuple[int, ...]
 
+  @classmethod
+  def of(cls, tokenizer, least: int, never: tuple[int, ...]) -> Thought:
+    """With </think>, whose last token stands alone: what follows is someone else's."""
+    ids = tuple(tokenizer.encode(records.THINK_CLOSE))
+    begins = pattern(tokenizer, records.THINK_CLOSE)[:-1]
+    return cls((*begins, (ids[-1],)), ids, least, never)
+
   def bias(self, numbers, view, z_BV):
     early_B = view.length_B - view.start_B < self.least
-    z_BV = z_BV.at[:, self.close[0]].add(jnp.where(early_B, -jnp.inf, 0.0))
+    z_BV = z_BV.at[:, self.close_ids[0]].add(jnp.where(early_B, -jnp.inf, 0.0))
     return z_BV.at[:, jnp.asarray(self.never, jnp.int32)].set(-jnp.inf)
 
   def stops(self, view, token_B):
-    wanted = tuple((i,) for i in self.close)
-    return ends_with(view, token_B, wanted, view.start_B)
+    return ends_with(view, token_B, self.close, view.start_B)
 
   def barred(self, tokens: int) -> np.ndarray:
     """int32 [tokens, K]: what each token of a thought could not be, -1 = nothing."""
-    first = np.where(np.arange(tokens) < self.least, self.close[0], -1)
+    first = np.where(np.arange(tokens) < self.least, self.close_ids[0], -1)
     return np.column_stack([first, *(np.full(tokens, i) for i in self.never)]).astype(np.int32)
 
 

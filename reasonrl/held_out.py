@@ -59,8 +59,8 @@ def make_evaluate(setup: wiring.Setup):
     raise records.UserError(f'evaluation.num_examples={count} does not divide over {n} processes')
   found = distinct_examples(setup.task, 'test', count)
   examples = setup.augmented(found[jax.process_index() :: n], setup.evaluation_augmentations)
-  for example in examples:  # a prompt that does not fit stops the run now, not in an hour
-    setup.prompt(example)
+  for example in examples:  # one that does not fit stops the run now, not in an hour
+    setup.evaluation_env.fits(setup, example)
     by = setup.evaluation.by
     known = by in setup.evaluation_env.facts or isinstance(example.meta.get(by), str | int)
     if by and (by == records.HINTED or not known):

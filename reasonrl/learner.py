@@ -188,7 +188,10 @@ class Learner:
       ema=keep(ema, state.ema),
       skipped=jnp.where(finite, 0, state.skipped + 1),
     )
-    return self._constrain(new), {'grad_norm': grad_norm, 'finite': finite, 'skipped': new.skipped}
+    report = {'grad_norm': grad_norm, 'finite': finite, 'skipped': new.skipped}
+    if new.ema is not None:
+      report['ema_distance'] = global_norm(jax.tree.map(jnp.subtract, new.params, new.ema))
+    return self._constrain(new), report
 
   @functools.partial(jax.jit, static_argnums=0)
   def score(self, params, batch: types.Batch) -> Scored:

@@ -6,8 +6,9 @@ choices are functions of the given generator, so that a run can go on where it w
   uniform       each position as likely as any other              RLP, arXiv 2510.01265
   every_k       every k-th
   all           each one
-  topq_entropy  among the share of positions where the next token is least certain (after RPT,
-                arXiv 2506.08007, which has a threshold)
+  topq_entropy  among the share of positions where the next token is least certain, of those whose
+                context is the whole text before it (after RPT, arXiv 2506.08007, which has a
+                threshold)
   class         with given probabilities at a token of some kind, else uniform
 """
 
@@ -20,16 +21,17 @@ import numpy as np
 SAMPLERS = ('uniform', 'every_k', 'all', 'topq_entropy', 'class')
 
 
-def classes(tokenizer, ids, first: int, spans) -> list[str]:
-  """The kind of every token: that of its first character, '' where none is known.
+def classes(tokenizer, ids, first: int, spans) -> list[tuple[str, str]]:
+  """Of every token its kind and the thought that would help: those of its first character, '' where
+  none is known.
 
   Args:
     tokenizer: of the ids.
     ids: of the text; those before `first` stand for no part of it, nor does EOS.
     first: index of the first token of the text.
-    spans: [first character, one behind the last, kind, ...], in order.
+    spans: [first character, one behind the last, kind, thought], in order.
   """
-  found = [''] * len(ids)
+  found = [('', '')] * len(ids)
   if not spans:
     return found
   starts = np.asarray([span[0] for span in spans])
@@ -38,7 +40,7 @@ def classes(tokenizer, ids, first: int, spans) -> list[str]:
       continue
     at = len(tokenizer.decode(list(ids[first:i]), skip_special=True))
     span = spans[int(np.searchsorted(starts, at, side='right')) - 1]
-    found[i] = span[2] if span[0] <= at < span[1] else ''
+    found[i] = tuple(span[2:4]) if span[0] <= at < span[1] else ('', '')
   return found
 
 

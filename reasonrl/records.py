@@ -33,11 +33,11 @@ THINK_LENGTH = 'think_length'
 # UNTRAINED: what of it is read and not learned, as [first character, one behind the last].
 TEXT, WHOLE, PART = 'text', 'whole', 'part'
 CLASSES, UNTRAINED = 'classes', 'untrained'
-# Keys of Example.meta of a position in a text: the kind of its next token and that thought; the ids
-# from there on, and how many bytes 1, 2, ... of them are; the ids that a model said instead, or
-# None.
-CLASS, TRACE, NEXT_IDS = 'class', 'trace', 'next_ids'
-NEXT_BYTES, SAID = 'next_bytes', 'said'
+# Keys of Example.meta of a position in a text: the kind of its next token, that thought, and the
+# token. Of what a model said instead the first token (None: it said nothing), the number of tokens,
+# and the text; beside that how many bytes 1, 2, ... of the next tokens are.
+CLASS, TRACE, NEXT_ID = 'class', 'trace', 'next_id'
+SAID_ID, SAID_SIZE, SAID, NEXT_BYTES = 'said_id', 'said_size', 'said', 'next_bytes'
 # Keys of Example.meta for a target of the response's length: how many tokens, thinking, answer and
 # EOS together; and whether that is what it should have or the most that it may.
 TARGET_LENGTH, LENGTH_MODE = 'target_length', 'length_mode'

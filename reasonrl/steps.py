@@ -101,7 +101,7 @@ def reinforce(stage: tooling.Stage, position):
       scores = {
         name: tools.score(named[role], experience.rows).logp_BT
         for name, role in wiring.SCORED_WITH.items()
-        if name in algorithm.needs and name not in experience.scores
+        if name in algorithm.needs and (name not in experience.scores or 'sampler' in read)
       }
     experience = dataclasses.replace(experience, scores=experience.scores | scores)
     adv_BT = algorithm.advantages(experience)
@@ -120,8 +120,8 @@ def reinforce(stage: tooling.Stage, position):
         denominators = [sharding.total(denominator) or 1.0]
         if section.ntp_coef:
           seqs = packing.with_texts(seqs, [texts[i] for i in of_texts], section.ntp_coef)
-          read = sum(float(texts[i].index_M.size) for i in of_texts)
-          denominators.append(sharding.total(read) or 1.0)
+          learned = sum(float(texts[i].index_M.size) for i in of_texts)
+          denominators.append(sharding.total(learned) or 1.0)
         updates.append((pack(seqs)[0], tuple(denominators)))
     correct, shown = setup.evaluation.correct, setup.config.log.transcripts
     return Step(
@@ -222,8 +222,7 @@ def sample_groups(stage: tooling.Stage, tools: types.Tools, named: dict, step: i
     the experience to train on, in which a process that kept no group has one row without trained
     tokens; and metrics of all that was sampled, if the algorithm chooses.
   """
-  section, phase = stage.phase.section, stage.phase
-  wanted = section.prompts_per_step // jax.process_count()
+  section, phase, wanted = stage.phase.section, stage.phase, None
   sampled, kept, groups, row = [], [], 0, {}
   for _ in range(section.max_generation_batches):
     with profiling.timed(stage.tally, 'rollout'):
@@ -232,11 +231,12 @@ def sample_groups(stage: tooling.Stage, tools: types.Tools, named: dict, step: i
     if good is None:
       return batch, row
     sampled.append(batch)
+    wanted = wanted or np.unique(batch.group_B).size  # as many as one batch has
     good = np.unique(batch.group_B)[good][: wanted - groups]
     if good.size:
       kept.append(rollouts.take_groups(batch, good))
     groups += good.size
-    if sharding.agree_min(groups) >= wanted:
+    if sharding.agree_min(groups - wanted) >= 0:
       break
   if not kept:
     nothing = rollouts.take_rows(batch, np.arange(1))

@@ -150,7 +150,7 @@ def test_the_next_token_is_never_visible_to_the_sampler():
   for field in dataclasses.fields(types.Requests):
     np.testing.assert_array_equal(getattr(requests, field.name), getattr(same, field.name))
   assert requests.tokens_PT[0, :5].tolist() == [*ids('abc'), OPEN, 0] and params == 'policy'
-  assert spec.controls == (controls.Thought((CLOSE,), 1, tuple(sorted((EOS, OPEN)))),)
+  assert spec.controls == (controls.Thought.of(BYTES, 1, tuple(sorted((EOS, OPEN)))),)
   # Keys: of the position apart from those of the thoughts, which differ by sample.
   assert tools.keys == [([7, 8], 0, 2), ([7, 7, 8, 8], [0, 1, 0, 1], 0)]
 
@@ -183,8 +183,16 @@ def test_a_horizon_is_teacher_forced():
   d, e = ids('de')
   np.testing.assert_allclose(found.scores['predicted'][0], [logp(CLOSE, d), logp(d, e)], rtol=1e-5)
   np.testing.assert_allclose(found.scores['unthought'][0, 1], 2 * logp(d, e), rtol=1e-5)
-  with pytest.raises(records.UserError, match='has 4 tokens: too few for a context and horizon=4'):
-    rollout(horizon=4)
+  # A text that is too short is left out; none at all is an error, as is a held-out one.
+  found, _ = rollout(horizon=4)
+  assert [e.index for e in found.examples] == [7, 7] and found.group_B.tolist() == [0, 0]
+  with pytest.raises(records.UserError, match='no text of a step has the 9 tokens or more'):
+    rollout(horizon=8)
+  with pytest.raises(records.UserError, match='t/train/8 has 4 tokens, but 5 are the least'):
+    environment(horizon=4).fits(Tools(), Tools().examples()[1])
+  problem = dataclasses.replace(Tools().examples()[0], meta={})
+  with pytest.raises(records.UserError, match="reads texts; task 't' has problems"):
+    environment().fits(Tools(), problem)
 
 
 @pytest.mark.parametrize('no_think, role', [('policy', 'policy'), ('ref', 'ref'), ('ema', 'ema')])
@@ -192,6 +200,9 @@ def test_whose_prediction_it_is_compared_with(no_think, role):
   _, tools = rollout(no_think=no_think)
   assert tools.scored[1][0] == role
   assert environment(no_think=no_think).reads == {role} - {'policy'}
+  look = {'predicts': 1, 'no_think': no_think}
+  assert environment(**look).reads == set()
+  assert environment(position_sampler='topq_entropy', **look).reads == {role} - {'policy'}
 
 
 def test_an_empty_thought_may_be_compared_with():
@@ -212,6 +223,15 @@ def test_thoughts_of_another_position_are_a_control():
     *ids('d'),
   ]
   assert 'old_logp' not in found.scores and not scored.drawn_BT.any()
+  # Those of another text, though the next position is of the same.
+  tools = Tools()
+  rollout(tools, thoughts='other', position_sampler='uniform', positions_per_text=2)
+  scored = tools.scored[0][1]
+  asked = tools.asked[0][1].length_P - 1  # tokens of each context
+  said = lambda b: scored.tokens_BT[b, asked[b // 2] + 1]
+  assert [said(b) for b in range(8)] == [120, 121] * 4
+  with pytest.raises(records.UserError, match='needs two texts in a step'):
+    rollout(Tools(TEXTS[:1], (3,)), thoughts='other')
 
 
 def test_what_is_said_instead_is_sampled_and_trained():
@@ -225,8 +245,34 @@ def test_what_is_said_instead_is_sampled_and_trained():
   assert not tools.scored and found.scores == {} and environment(predicts=1).reads == set()
   _, behind, spec = tools.asked[1]
   assert behind.tokens_PT[1, :9].tolist() == [*row(found, 1)[:8], 0] and spec.controls == ()
-  assert found.examples[1].meta['said'] == [201]
-  assert found.examples[0].answer == 'def' + BYTES.decode([EOS], skip_special=False)
+  said = BYTES.decode([201], skip_special=False)
+  meta = found.examples[1].meta
+  assert (meta['said_id'], meta['said'], meta['said_size']) == (201, said, 1)
+  assert found.examples[0].answer == 'def'[: len(said.encode())]
+  costs = next_token.token_forwards(found, environment(predicts=1))
+  whole = 7 + 9 + 6 + 8
+  assert costs['token_forwards/prefill'] == 4 + 3 + (whole - 4)  # and behind the thoughts again
+  assert costs['token_forwards/train'] == 3 * whole and 'token_forwards/score' not in costs
+
+
+def test_the_end_of_what_is_said_is_no_part_of_it():
+  tools = Tools()
+  generate = tools.generate
+
+  def says_d_and_stops(params, requests, spec, slots):
+    out = generate(params, requests, spec, slots)
+    if not spec.controls:
+      for r, (a, b) in enumerate(zip(out.prompt_length_R, out.length_R, strict=True)):
+        out.tokens_RS[r, a : b + 1] = [ids('d')[0], EOS]
+      out = dataclasses.replace(out, length_R=out.length_R + 1)
+    return out
+
+  tools.generate = says_d_and_stops
+  found, _ = rollout(tools, predicts=2)
+  match = REWARDS['prefix_match'](boxed=False)
+  values = [match(e, c).value for e, c in zip(found.examples, found.completions, strict=True)]
+  assert values == [1, 1, 0, 0]  # 'abc|d', 'gh|i'
+  assert found.mask_BT.sum(1).tolist() == [4, 5, 4, 5]  # EOS is trained
 
 
 def test_context_instruction_and_untrained_tag():
@@ -258,7 +304,6 @@ def test_the_least_certain_positions():
     ({'horizon': 0}, 'horizon=0 must be at least 1'),
     ({'thoughts': 'other', 'predicts': 1}, "thoughts='other' needs predicts=0"),
     ({'top_entropy': 0.0}, 'top_entropy=0.0'),
-    ({'close': ''}, 'must be strings'),
   ],
 )
 def test_settings_that_are_refused(changes, message):
@@ -272,10 +317,10 @@ def test_token_forwards_by_hand():
   got = next_token.token_forwards(found, environment())
   got = {name.removeprefix('token_forwards/'): value for name, value in got.items()}
   whole = 7 + 9 + 6 + 8
-  assert got['prefill'] == 4 + 3 and got['no_think'] == 4 + 3 + 2
+  assert got['prefill'] == 4 + 3 and got['no_think'] == 3 + 2 + 2
   assert got['decode'] == 2 + 4 + 2 + 4  # the written tag as well
   assert (got['score'], got['train']) == (whole, 3 * whole)
-  assert got['total'] == 7 + 9 + 12 + 4 * whole
+  assert got['total'] == 7 + 7 + 12 + 4 * whole
   Lc, L, B, G = 3.5, 3, 2, 2
   assert got['formula'] == B * Lc + B * G * L + B * G * (Lc + L) + B * Lc + 3 * B * G * (Lc + L)
 
@@ -313,7 +358,7 @@ def test_the_published_numbers():
 def test_horizon_clip_and_floor_by_hand():
   think, no_think = np.log([[0.5, 0.4]]), np.log([[0.25, 0.5]])
   assert gains(think, no_think)[0] == pytest.approx([0.47000], abs=1e-5)
-  assert gains(think, no_think, gamma=0.5)[0] == pytest.approx([0.58158], abs=1e-5)
+  assert gains(think, no_think, discount=0.5)[0] == pytest.approx([0.58158], abs=1e-5)
   assert gains(think, no_think, clip=0.1)[0] == pytest.approx([0.1])
   assert gains([[-np.inf]], [[-1.0]])[0] == pytest.approx([-29.0])
   assert gains([[-1.0]], [[-1e9]])[0] == pytest.approx([29.0])
@@ -376,15 +421,13 @@ def test_the_surrogate_by_hand():
   [('', 0), ('param', 1), ('parameter', 1), ('parame', 0), ('parameters', 0), ('x', 0)],
 )
 def test_prefix_matching(said, want):
-  meta = {'said': [1], 'next_bytes': [5, 9, 13]}  # "param", "eter", " set"
+  meta = {'said': said, 'next_bytes': [5, 9, 13]}  # "param", "eter", " set"
   example = records.Example('t', 'train', 0, '', 'parameter set', None, meta)
-  text = f'<think>so</think>{said}'
-  made = records.Completion(text, (1,), 1, 'so', records.Stop.EOS, 9)
-  assert REWARDS['prefix_match'](boxed=False)(example, made).value == want
-  boxed = dataclasses.replace(made, text=f'<think>\\boxed{{no}}</think>It is \\boxed{{{said}}}!')
-  assert REWARDS['prefix_match'](boxed=True)(example, boxed).value == want
-  nobody = dataclasses.replace(example, meta={**meta, 'said': None})
-  assert REWARDS['prefix_match'](boxed=False)(nobody, made).value is None
+  assert REWARDS['prefix_match'](boxed=False)(example, None).value == want
+  boxed = dataclasses.replace(example, meta={**meta, 'said': f'\\boxed{{no}} \\boxed{{{said}}}!'})
+  assert REWARDS['prefix_match'](boxed=True)(boxed, None).value == want
+  nobody = dataclasses.replace(example, meta={'next_bytes': [1]})
+  assert REWARDS['prefix_match'](boxed=False)(nobody, None).value is None
 
 
 def test_token_match_by_hand():
@@ -393,10 +436,10 @@ def test_token_match_by_hand():
   found = tiny.experience([0, 0], [0, 0], [1, 1], scores=scores)
   value_R, parts, _ = reward.batch(None, {}, found)
   assert value_R.tolist() == [1, 0] and parts['no_think'].tolist() == [1, 1]
-  metas = ({'said': [4], 'next_ids': [4, 5]}, {'said': [5], 'next_ids': [4, 5]})
+  metas = ({'said_id': 4, 'next_id': 4}, {'said_id': 5, 'next_id': 4}, {})
   examples = tuple(records.Example('t', 'train', 0, '', '', None, meta) for meta in metas)
   found = dataclasses.replace(found, scores={}, examples=examples)
-  assert reward.batch(None, {}, found)[0].tolist() == [1, 0]
+  np.testing.assert_array_equal(reward.batch(None, {}, found)[0], [1, 0, np.nan])
 
 
 # ------------------------------------------------------------------------------------ theory

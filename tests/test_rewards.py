@@ -53,7 +53,7 @@ META = {
   'gsm8k': {'checked_by': 'gsm8k'},
   'countdown': {'checked_by': 'countdown', 'numbers': '1 9', 'target': 9, 'operations': '+-*/'},
   'lcpo': {'target_length': 2, 'length_mode': 'exact'},
-  'prefix_match': {'said': [1], 'next_bytes': [1, 3]},
+  'prefix_match': {'said': 'ab', 'next_bytes': [1, 3]},
   'trace': {'trace': 'b2'},
 }
 NO_GOLD = ('accuracy', 'gsm8k', 'lcpo', 'cosine', 'repetition_sparse')  # may not apply

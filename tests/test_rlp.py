@@ -127,7 +127,8 @@ def test_the_average_survives_a_kill(tmp_path, pool, stop_after):
     {'rlp__env__position_sampler': 'every_k', 'rlp__env__every': 12},
     {'rlp__env__positions_per_text': 2, 'rlp__env__horizon': 3},
     {'rlp__env__top_k': 5, 'rlp__env__train_close': False},
-    {'rlp__ntp_coef': 0.3},
+    {'rlp__ntp_coef': 0.3, 'rlp__algorithm__num_minibatches': 2},
+    {'rlp__algorithm__zero_variance': 'drop', 'rlp__env__positions_per_text': 2},
   ],
   ids=str,
 )
@@ -147,7 +148,7 @@ def test_predictions_that_are_said(tmp_path, pool, reward):
   assert train.run(config.lock(), str(tmp_path / 'run'), pool) == 0
   (row,) = rows_of(tmp_path / 'run')
   assert row['mismatch/max'] < 1e-4 and 0 <= row[f'reward/{reward}'] < 0.5
-  assert row['token_forwards/score'] == 0
+  assert 'token_forwards/score' not in row
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,9 @@ def test_predictions_that_are_said(tmp_path, pool, reward):
     ({'rlp__row_length': 40}, 'rlp.row_length=40 is shorter than the'),
     ({'rlp__env__max_context': 400}, 'more than the 256 positions'),
     ({'evaluation__env__no_think': 'ema'}, 'evaluation.env.no_think'),
+    ({'evaluation__env__position_sampler': 'all'}, "must be 'uniform' or 'class', and 1"),
+    ({'rlp__env__predicts': 1}, 'rewards=information_gain do not apply'),
+    ({'task': common.arithmetic()}, "reads texts; task 'arithmetic' has problems"),
   ],
 )
 def test_what_cannot_run_is_refused(tmp_path, pool, changes, message):
@@ -187,7 +191,7 @@ def sampled(control, params, rows=64, new=8):
 def test_a_thought_ends_with_its_tag_and_not_before_it_has_begun(close, least):
   """And its log-probabilities are those of a trainer that knows what was barred."""
   params = jax.tree.map(lambda x: 2.0 * x, MODEL.init(jax.random.key(1)))
-  control = controls.Thought(close, least, (EOS, START))
+  control = controls.Thought(tuple((i,) for i in close), close, least, (EOS, START))
   out = sampled(control, params)
   ended = 0
   for r in range(64):
@@ -272,7 +276,9 @@ def test_no_program_holds_the_logits_of_a_text(vocab, rows):
     learner.Learner.score.lower(student, shapes, batch).compile(), *sizes
   )
   sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), ())
-  spec = types.Spec(1.0, 0, 1.0, 0.0, 0, (EOS,), (controls.Thought((SHUT,), 1, (EOS, START)),))
+  spec = types.Spec(
+    1.0, 0, 1.0, 0.0, 0, (EOS,), (controls.Thought(((SHUT,),), (SHUT,), 1, (EOS, START)),)
+  )
   prefill = lambda params: sampler.prefill(params, ints, jnp.full(rows, T), 2 * T)
   state = jax.eval_shape(prefill, shapes)
   for program in (

@@ -235,7 +235,7 @@ def test_kinds_of_tokens_are_those_of_their_first_characters():
   ids = [BYTES.bos_id or 0, *BYTES.encode_user('é2;x'), BYTES.eos_ids[0]]
   spans = [[0, 1, 'letter', ''], [1, 3, 'pair', 't'], [4, 9, 'later', '']]
   found = positions.classes(BYTES, ids, 1, spans)
-  assert found[0] == found[-1] == ''
+  assert found[0] == found[-1] == ('', '')
   # The second byte of a letter comes when one replacement character has been read.
-  assert found[1] == 'letter' and found[3:6] == ['pair', 'pair', '']
-  assert positions.classes(BYTES, ids, 1, ()) == [''] * len(ids)
+  assert found[1] == ('letter', '') and found[3:6] == [('pair', 't'), ('pair', 't'), ('', '')]
+  assert positions.classes(BYTES, ids, 1, ()) == [('', '')] * len(ids)

@@ -21,7 +21,7 @@ from reasonrl import command_line
 from reasonrl.experiments import seeds
 
 ARMS = ('base', 'rlp', 'ntp', 'uniform', 'rpt', 'cpt', 'other', 'short', 'swapped')
-COLOURS = dict(zip(ARMS, ('#6f6f6f', *seeds.COLOURS), strict=False))
+COLOURS = dict(zip(ARMS, ('#000000', *seeds.COLOURS), strict=False))
 HOPS = (1, 2, 3)
 KINDS = (*(f'answer_{hops}' for hops in HOPS), 'random', 'markov', 'syntax')
 GAIN = 'reward/information_gain'

@@ -16,6 +16,10 @@ above 1 is an extension: so many tokens of the text behind one thought.
 
 With `predicts` above 0 the model goes on behind its thought instead, and what it says is sampled
 and trained as well: RPT (arXiv 2506.08007), rewards `prefix_match` and `token_match`.
+
+</think> is the ids of the tag as it is encoded. Where byte pairs join its beginning to the thought
+('.</') it is seen all the same; where they join its end to what would follow it is not, and the
+thought goes on.
 """
 
 from __future__ import annotations
@@ -68,8 +72,6 @@ class NextToken:
   horizon: int
   # ---- the thought
   instruction: str
-  open: str
-  close: str
   num_generations: int
   max_thought: int
   min_thought: int
@@ -87,6 +89,7 @@ class NextToken:
 
   controls: ClassVar[dict] = {}  # none from the config
   facts: ClassVar[tuple[str, ...]] = (records.CLASS,)
+  of_texts: ClassVar[bool] = True
 
   def __post_init__(self):
     choices = {'position_sampler': positions.SAMPLERS, 'no_think': NO_THINK, 'thoughts': THOUGHTS}
@@ -106,27 +109,49 @@ class NextToken:
     weights = self.class_weights.values()
     if min(weights, default=0) < 0 or sum(weights) > 1 + 1e-6:
       raise records.UserError(f'class_weights={dict(self.class_weights)}: sum of them at most 1')
-    if not self.open or not self.close:
-      raise records.UserError(f'open={self.open!r} and close={self.close!r} must be strings')
     if self.thoughts == 'other' and self.predicts:
       raise records.UserError("thoughts='other' needs predicts=0: a text that goes on by itself")
 
   @property
   def reads(self) -> frozenset[str]:
     """Roles of parameters that a rollout needs besides the policy's."""
-    return frozenset() if self.predicts else frozenset({NO_THINK[self.no_think]}) - {'params'}
+    reads = not self.predicts or self.position_sampler == 'topq_entropy'
+    return frozenset({NO_THINK[self.no_think]}) - {'params'} if reads else frozenset()
+
+  @property
+  def offers(self) -> str:
+    """What rewards may need: scores of the text, or what was said instead."""
+    return 'said' if self.predicts else 'scores'
 
   @property
   def max_completion_length(self) -> int:
-    """Tokens behind `open` at most: the thought, a `close` of one token, and what is said then."""
+    """Tokens behind <think> at most: the thought, </think> as one token, and what is said then."""
     return self.max_thought + 1 + self.predicts
 
+  def fits(self, setup, example) -> None:
+    """Raises UserError if no position of a text can be thought about."""
+    if records.TEXT not in example.meta:
+      raise records.UserError(f"env 'next_token' reads texts; task {example.task!r} has problems")
+    size, least = len(setup.text(example)[0]), self.horizon
+    least += self.every if self.position_sampler == 'every_k' else 1
+    if size < least:
+      raise records.UserError(
+        f'{example.task}/{example.split}/{example.index} has {size} tokens, but {least} are the '
+        'least that a context and what follows need'
+      )
+
   def longest(self, tokenizer, max_prompt: int) -> int:
-    """Tokens of the longest row; there is no prompt."""
+    """Tokens of the longest row, and of the window that it is sampled in; there is no prompt."""
     del max_prompt
-    written = sum(len(tokenizer.encode(x)) for x in (self.instruction, self.open, self.close))
-    follows = 0 if self.predicts else self.horizon
-    return self.max_context + written - 1 + self.max_completion_length + follows
+    given, opening, close = (len(tokenizer.encode(x)) for x in self._written)
+    prompt = self.max_context + given + opening
+    behind = prompt + self.max_thought + close
+    windows = types.padded(prompt) + self.max_thought, types.padded(behind) + self.predicts
+    return max(windows[0], windows[1] if self.predicts else behind + self.horizon)
+
+  @property
+  def _written(self) -> tuple[str, str, str]:
+    return self.instruction, records.THINK_OPEN, records.THINK_CLOSE
 
   # ---------------------------------------------------------------------------------- a rollout
 
@@ -134,7 +159,7 @@ class NextToken:
     """Thinks num_generations times about the next token at positions of the next texts."""
     G, found = self.num_generations, self._contexts(tools, state, step)
     ids = lambda text: np.asarray(tools.tokenizer.encode(text), np.int32)
-    given, opening, close = ids(self.instruction), ids(self.open), ids(self.close)
+    given, opening, close = map(ids, self._written)
     context_R = np.repeat(np.arange(len(found), dtype=np.int32), G)
     prompts = [np.concatenate([given, context.before, opening]) for context in found]
     id_R = np.asarray([context.example.index for context in found])[context_R]
@@ -233,15 +258,11 @@ class NextToken:
     keys = tools.row_keys(step, np.asarray([e.index for e in examples]), 0, 2)
     found = []
     for example, (ids, first), key, entropy_T in zip(examples, texts, keys, entropies, strict=True):
-      last = len(ids) - self.horizon
+      last, among = len(ids) - self.horizon, ()
       if last < 1:
-        raise records.UserError(
-          f'{example.task}/{example.split}/{example.index} has {len(ids)} tokens: too few for a '
-          f'context and horizon={self.horizon}'
-        )
+        continue
       spans = example.meta.get(records.CLASSES, ())
       kinds = positions.classes(tools.tokenizer, ids, first, spans)
-      traces, among = {span[2]: span[3] for span in spans}, ()
       if entropy_T is not None:
         among = positions.uncertain(entropy_T, min(last, self.max_context), self.top_entropy)
       chosen = positions.choose(
@@ -250,14 +271,18 @@ class NextToken:
         last,
         self.positions_per_text,
         self.every,
-        kinds,
+        [kind for kind, _ in kinds],
         self.class_weights,
         among,
       )
       for slot, t in enumerate(chosen):
         before = ids[max(t - self.max_context, 0) : t]
-        trace = traces.get(kinds[t], '')
-        found.append(Context(example, slot, t, before, ids[t:], kinds[t], trace))
+        found.append(Context(example, slot, t, before, ids[t:], *kinds[t]))
+    if not sharding.agree_min(len(found)):  # all processes hear of it
+      raise records.UserError(
+        f'no text of a step has the {self.horizon + 1} tokens or more that a context and what '
+        'follows need'
+      )
     return found
 
   def _spec(self, tools, applied) -> types.Spec:
@@ -265,10 +290,10 @@ class NextToken:
     return types.Spec(*drawn, tuple(tools.tokenizer.eos_ids), applied)
 
   def _control(self, tools) -> controls.Thought:
-    """A thought has neither EOS nor, where that is one token, what opens it."""
-    opening, close = tools.tokenizer.encode(self.open), tools.tokenizer.encode(self.close)
+    """A thought has neither EOS nor, where that is one token, <think>."""
+    opening = tools.tokenizer.encode(records.THINK_OPEN)
     never = {*tools.tokenizer.eos_ids, *(opening if len(opening) == 1 else ())}
-    return controls.Thought(tuple(close), self.min_thought, tuple(sorted(never)))
+    return controls.Thought.of(tools.tokenizer, self.min_thought, tuple(sorted(never)))
 
   def _sample(self, tools, state, prompts, prompt_R, key_R, most: int, spec) -> Sampled:
     tokens_PT, length_P = padded(prompts, types.padded(max(map(len, prompts))))
@@ -292,12 +317,13 @@ class NextToken:
     H, rows, own = self.horizon, experience.rows, self.thoughts == 'own'
     if own:
       rows = rows._replace(plain_BT=last(rows.length_B, rows.tokens_BT.shape[1], H))
-    else:  # behind the thought about another position: the next one's, of the same number
-      heads = heads[self.num_generations :] + heads[: self.num_generations]
+    else:
       ends = [found[c].after[:H] for c in experience.group_B]
+      heads = [heads[r] for r in self._of_other_texts(found)]
       rows = as_text([np.concatenate(row) for row in zip(prompts, heads, ends, strict=True)], H)
     think = tools.score(state['params'], rows)
-    empty = [tools.tokenizer.encode(self.open + self.close)] * (self.no_think == 'empty_think')
+    tags = tools.tokenizer.encode(records.THINK_OPEN + records.THINK_CLOSE)
+    empty = [tags] * (self.no_think == 'empty_think')
     plainly = as_text([np.concatenate([c.before, *empty, c.after[:H]]) for c in found], H)
     no_think = tools.score(state[NO_THINK[self.no_think]], plainly)
     scores = {'old_logp': think.logp_BT * rows.drawn_BT} if own else {}
@@ -308,36 +334,54 @@ class NextToken:
       index_BH = length_B[:, None] - H + np.arange(H)
       for key, x_BT in ((name, of.logp_BT), (f'{name}_likeliest', of.likeliest_BT)):
         scores[key] = np.repeat(np.take_along_axis(x_BT, index_BH, axis=1), times, axis=0)
+    scores['no_think_length'] = np.repeat(plainly.length_B, self.num_generations)
     return scores
+
+  def _of_other_texts(self, found) -> list[int]:
+    """For each rollout that of the same number at the next position of another text."""
+    n, G = len(found), self.num_generations
+    ahead = lambda i: [(i + k) % n for k in range(1, n)]
+    others = [[j for j in ahead(i) if found[j].example is not found[i].example] for i in range(n)]
+    if not all(others):
+      raise records.UserError("thoughts='other' needs two texts in a step on every process")
+    return [each[0] * G + g for each in others for g in range(G)]
 
   def _example(self, tools, context: Context, said) -> records.Example:
     """The context as a problem whose answer is what follows."""
-    decode = lambda ids: tools.tokenizer.decode(list(ids), skip_special=False)
-    after = context.after[: self.horizon].tolist()
-    if self.predicts:  # what is said may have longer tokens than the text
-      after = context.after[: self.max_completion_length].tolist()
-    lengths = [len(decode(after[: n + 1]).encode()) for n in range(len(after))]
-    meta = {
-      records.CLASS: context.kind or 'text',
+    decode, eos_ids = tools.tokenizer.decode, tools.tokenizer.eos_ids
+    shown, meta = context.after[: self.horizon].tolist(), {}
+    if said is not None:  # its EOS ends what is said; text is text
+      words = said.tolist()[: -1 if said[-1] in eos_ids else None]
+      meta[records.SAID] = decode(words, skip_special=False)
+      most = len(meta[records.SAID].encode())  # a token has a byte or more
+      shown = [i for i in context.after[: max(most, 1)].tolist() if i not in eos_ids]
+      ends = [len(decode(shown[: n + 1], skip_special=False).encode()) for n in range(len(shown))]
+      meta[records.NEXT_BYTES] = ends
+    meta |= {
+      records.CLASS: context.kind or ('end' if context.after[0] in eos_ids else 'text'),
       records.TRACE: context.trace,
-      records.NEXT_IDS: after,
-      records.NEXT_BYTES: lengths,
-      records.SAID: None if said is None else said.tolist(),
+      records.NEXT_ID: int(context.after[0]),
+      records.SAID_ID: None if said is None else int(said[0]),
+      records.SAID_SIZE: 0 if said is None else said.size,
       'position': context.at,
     }
-    problem = tools.tokenizer.decode(context.before.tolist(), skip_special=True)
-    changes = {'problem': problem, 'answer': decode(after), 'solution': None, 'meta': meta}
-    return dataclasses.replace(context.example, **changes)
+    return dataclasses.replace(
+      context.example,
+      problem=decode(context.before.tolist(), skip_special=True),
+      answer=decode(shown, skip_special=False),
+      solution=None,
+      meta=meta,
+    )
 
   def _completion(self, tools, ids, stop) -> records.Completion:
-    text = self.open + tools.tokenizer.decode(ids.tolist(), skip_special=False)
+    text = records.THINK_OPEN + tools.tokenizer.decode(ids.tolist(), skip_special=False)
     return records.Completion(
       text=text,
       token_ids=tuple(ids.tolist()),
       num_tokens=ids.size,
       think=records.think_span(text),
       stop=records.Stop(int(stop)),
-      cap=self.max_completion_length - 1 + len(tools.tokenizer.encode(self.close)),
+      cap=self.max_completion_length - 1 + len(tools.tokenizer.encode(records.THINK_CLOSE)),
     )
 
   # ---------------------------------------------------------------------------------- metrics
@@ -359,25 +403,24 @@ def token_forwards(experience: types.Experience, cfg: NextToken) -> dict[str, fl
                 prefill  decode    score            no think  train
 
   for B contexts of Lc tokens in the mean, with G thoughts of the cap L. Scores and training have
-  what follows the thought in their rows as well.
+  what follows the thought in their rows as well. Training is one pass over one experience; texts
+  beside it, a reference, and looking for hard positions are left out.
   """
   prompt_B, length_B = experience.prompt_length_B, experience.length_B
   first = np.unique(experience.group_B, return_index=True)[1]
-  prefill, whole = float(prompt_B[first].sum()), float(length_B.sum())
-  decode = float((length_B - prompt_B).sum())
-  scored = 0.0 if cfg.predicts else 1.0
-  counts = {
-    'prefill': prefill,
-    'decode': decode if cfg.predicts else decode - length_B.size * cfg.horizon,
-    'score': scored * whole,
-    'no_think': scored * (prefill + first.size * cfg.horizon),
-    'train': 3.0 * whole,
-  }
+  prompts, whole = float(prompt_B[first].sum()), float(length_B.sum())
+  behind = float((length_B - prompt_B).sum())
+  counts = {'prefill': prompts, 'decode': behind, 'train': 3.0 * whole}
+  if cfg.predicts:  # what is said is sampled behind a prefill of its own
+    counts['prefill'] += whole - sum(e.meta[records.SAID_SIZE] for e in experience.examples)
+  else:
+    counts['decode'] -= length_B.size * cfg.horizon
+    counts['score'] = whole
+    counts['no_think'] = float(experience.scores['no_think_length'][first].sum())
   counts['total'] = sum(counts.values())
   L, B, rows = cfg.max_thought, first.size, length_B.size
-  context = prefill / B
-  counts['formula'] = B * context + rows * L + rows * (context + L) + B * context
-  counts['formula'] += 3 * rows * (context + L)
+  context = prompts / B
+  counts['formula'] = 2 * B * context + rows * L + 4 * rows * (context + L)
   return {f'token_forwards/{name}': sharding.total(count) for name, count in counts.items()}
 
 

@@ -30,6 +30,12 @@ class SingleTurn:
 
   reads: ClassVar[frozenset[str]] = frozenset()
   facts: ClassVar[tuple[str, ...]] = ()
+  of_texts: ClassVar[bool] = False
+  offers: ClassVar[str] = 'answers'
+
+  def fits(self, setup, example) -> None:
+    """Raises UserError if the prompt of an example is too long."""
+    setup.prompt(example)
 
   def longest(self, tokenizer, max_prompt: int) -> int:
     """Tokens of the longest row."""

@@ -10,6 +10,8 @@ completion up to and including its answer (nobody should learn from what follows
 One that gives credit to single tokens has `gamma`, the discount with which it made returns of it;
 0: what it gives is a reward of the token.
 
+One that applies to the rollouts of some environments alone has `needs`, see `offers` in `envs`.
+
 A reward that needs the models (a reward model, an information gain) has instead
 
     batch(tools, state, experience) -> types.BatchScore

@@ -10,6 +10,7 @@ reward is for a single next token, k = 0; more of them are an extension.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,18 +21,20 @@ from reasonrl import records
 class InformationGain:
   """Needs the scores of the environment `next_token`; where it has none, it does not apply.
 
-  Parts: `think` and `no_think`, log p of the next token; `marginal`, the gain of the mean of p over
-  the thoughts of a context, which is no less than that of a thought (Jensen); `positive`, the share
-  of gains above 0.
+  Parts: `think` and `no_think`, log p of the next token; `per_token`, r / sum_k gamma^k, to compare
+  horizons by; `marginal`, the gain of the mean of p over the thoughts of a context, which is no
+  less than that of a thought (Jensen); `positive`, the share of gains above 0.
   """
 
-  gamma: float
+  needs: ClassVar[tuple[str, ...]] = ('scores',)
+
+  discount: float  # gamma, per token of a horizon above 1
   clip: float | None
   floor: float
 
   def __post_init__(self):
-    if not 0 <= self.gamma <= 1:
-      raise records.UserError(f'rewards.information_gain.gamma={self.gamma} is not in [0, 1]')
+    if not 0 <= self.discount <= 1:
+      raise records.UserError(f'rewards.information_gain.discount={self.discount} is not in [0, 1]')
     if self.clip is not None and self.clip <= 0:
       raise records.UserError(f'rewards.information_gain.clip={self.clip} must be above 0')
 
@@ -43,7 +46,7 @@ class InformationGain:
       return np.full(experience.reward_R.size, np.nan, np.float32), {}, None
     think_RH = np.maximum(scores['predicted'], self.floor).astype(np.float64)
     no_think_RH = np.maximum(scores['unthought'], self.floor).astype(np.float64)
-    r_R = gain(think_RH, no_think_RH, self.gamma)
+    r_R = gain(think_RH, no_think_RH, self.discount)
     if self.clip is not None:
       r_R = np.clip(r_R, -self.clip, self.clip)
     group_R = np.unique(experience.group_R, return_inverse=True)[1]
@@ -53,6 +56,7 @@ class InformationGain:
       'no_think': no_think_RH[:, 0],
       'marginal': np.log(p_G)[group_R] - no_think_RH[:, 0],
       'positive': r_R > 0,
+      'per_token': r_R / np.sum(self.discount ** np.arange(think_RH.shape[1])),
     }
     parts = {name: np.asarray(x, np.float32) for name, x in parts.items()}
     return r_R.astype(np.float32), parts, None

@@ -22,6 +22,8 @@ class TokenMatch:
   likeliest token. The part `no_think` says the same of a prediction without a thought.
   """
 
+  needs: ClassVar[tuple[str, ...]] = ('scores', 'said')
+
   def batch(self, tools, state, experience):
     """(0 or 1 [R], parts, None)."""
     del tools, state
@@ -30,9 +32,9 @@ class TokenMatch:
       first = lambda name: scores[f'{name}_likeliest'][:, 0].astype(np.float32)
       return first('predicted'), {'no_think': first('unthought')}, None
     metas = [example.meta for example in experience.examples]
-    match = lambda meta: meta[records.SAID][:1] == meta[records.NEXT_IDS][:1]
-    said = [float(match(meta)) if meta.get(records.SAID) else np.nan for meta in metas]
-    return np.asarray(said, np.float32), {}, None
+    none = [meta.get(records.SAID_ID) is None for meta in metas]
+    match = [meta.get(records.SAID_ID) == meta.get(records.NEXT_ID) for meta in metas]
+    return np.where(none, np.nan, match).astype(np.float32), {}, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +43,19 @@ class PrefixMatch:
 
       r = 1[y = x[1:l] and l in L]    l = bytes of y > 0, L = ends of the tokens of x in bytes
 
-  y is what stands behind the thought, or in its last \\boxed{} there.
+  y is what was said behind the thought, without the EOS that ends it, or its last \\boxed{}.
   """
 
   group: ClassVar[bool] = False
+  needs: ClassVar[tuple[str, ...]] = ('said',)
 
   boxed: bool
 
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
-    if not example.meta.get(records.SAID):
+    del completion
+    said = example.meta.get(records.SAID)
+    if said is None:
       return records.Score(None, {}, None)
-    said = completion.text.rpartition(records.THINK_CLOSE)[2]
     if self.boxed:
       said = answer.last_boxed(said) or ''
     ends = example.meta[records.NEXT_BYTES]
@@ -69,6 +73,7 @@ class Trace:
   """1 if the thought is the one that would help, as the task tells it, else 0."""
 
   group: ClassVar[bool] = False
+  needs: ClassVar[tuple[str, ...]] = ('scores', 'said')
 
   def __call__(self, example: records.Example, completion: records.Completion) -> records.Score:
     wanted = example.meta.get(records.TRACE)
