@@ -502,18 +502,23 @@ def test_the_mean_reward_bounds_the_gain_of_thinking():
 
 
 def test_the_mean_reward_over_positions_is_the_gain_of_a_text():
-  """Proposition 3: since a thought does not see its token, positions add up to the sequence."""
-  text = [4, 5, 3, 7]
-  total, plain = 0.0, 0.0
+  """Proposition 3: thoughts do not see their tokens, so rewards of positions add up to what the
+  log-likelihood of the text gains, over all ways to think before each of its tokens."""
+  text, rewards, logs, chances, plain = [4, 5, 3, 7], [], [], [], 0.0
   for t in range(1, len(text)):
     behind, alone = map(np.float64, predictions(PARAMS, text[:t]))
-    pi = np.exp(np.float64(thought_logps(PARAMS, text[:t])))
-    total += pi @ gains(behind[:, [text[t]]], np.full((len(THOUGHTS), 1), alone[text[t]]))[0]
+    chances.append(np.exp(np.float64(thought_logps(PARAMS, text[:t]))))
+    logs.append(behind[:, text[t]])
+    r, _, _ = gains(behind[:, [text[t]]], np.full((len(THOUGHTS), 1), alone[text[t]]))
+    rewards.append(chances[-1] @ r)
     plain += alone[text[t]]
+  thinking = sum(
+    np.prod([chances[t][c] for t, c in enumerate(cs)]) * sum(logs[t][c] for t, c in enumerate(cs))
+    for cs in itertools.product(range(len(THOUGHTS)), repeat=3)
+  )
   whole = np.float64(log_softmax(PARAMS, jnp.asarray([text]))[0])
   assert plain == pytest.approx(sum(whole[t - 1, text[t]] for t in range(1, 4)), abs=1e-5)
-  thinking = total + plain  # the log-likelihood of who thinks before each token
-  assert total / 3 == pytest.approx((thinking - plain) / 3)
+  assert np.mean(rewards) == pytest.approx((thinking - plain) / 3, abs=1e-5)
 
 
 def test_leave_one_out_is_unbiased():
