@@ -102,7 +102,13 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
   assert 'goes on from here' in leader and 'goes on from here' not in other
   finish(start_pair(two))
 
-  want, got = rows(one), rows(two)
+  assert_same_rows(rows(one), rows(two))
+  for phase in ('pretrain', 'rl'):
+    both = zip(*(jax.tree.leaves(params(run, phase)) for run in (one, two)), strict=True)
+    assert all(np.allclose(x, y, atol=1e-4) for x, y in both)
+
+
+def assert_same_rows(want, got):
   assert [(r['kind'], r['phase'], r['phase_step']) for r in got] == [
     (r['kind'], r['phase'], r['phase_step']) for r in want
   ]
@@ -115,7 +121,23 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
       assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), (name, a['phase'], a['step'])
     if a['kind'] == 'train':
       assert b['timing/tokens'] == a['timing/tokens']
-  for phase in ('pretrain', 'rl'):
+
+
+THINKING = """
+ pretrain.steps=20 pretrain.optim.eps=1e-2 rlp.steps=2 rlp.prompts_per_step=8 rlp.optim.eps=1e-2
+ rlp.env.num_generations=4 rlp.ntp_coef=0.3 rlp.algorithm.num_iterations=2
+ rlp.algorithm.baseline=batch_mean evaluation.num_examples=16 evaluation.env.num_generations=2
+""".split()
+
+
+@pytest.mark.slow
+def test_two_processes_think_as_one(tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  given = {'config': 'configs/rlp.py:debug', 'fields': THINKING}
+  finish([start(one, 4, **given)])
+  finish(start_pair(two, **given))
+  assert_same_rows(rows(one), rows(two))
+  for phase in ('rlp', 'rlp-ema'):
     both = zip(*(jax.tree.leaves(params(run, phase)) for run in (one, two)), strict=True)
     assert all(np.allclose(x, y, atol=1e-4) for x, y in both)
 
