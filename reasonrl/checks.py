@@ -133,9 +133,8 @@ def weights(setup: wiring.Setup, order) -> None:
 
 def draws(setup: wiring.Setup, env) -> types.Spec:
   """How an environment draws; the ranges are checked by `types.Spec`."""
-  drawn = (env.temperature, env.top_k, env.top_p, env.min_p, env.max_kept_tokens)
   applied, _ = controls.build(env.controls, setup.tokenizer)
-  return types.Spec(*drawn, tuple(setup.tokenizer.eos_ids), applied)
+  return types.Spec.of(env, setup.tokenizer.eos_ids, applied)
 
 
 def held_out_texts(setup: wiring.Setup) -> None:

@@ -1,4 +1,4 @@
-"""Operations on an `Experience`: restrict it, join several, give it its rewards."""
+"""Operations on an `Experience`: make one, restrict it, join several, give it its rewards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ _BY_ROW = (
   *('tokens_BT', 'prompt_length_B', 'length_B', 'source_BT', 'logp_BT', 'stop_B', 'version_B'),
   *('group_B', 'rollout_B', 'reward_BT'),
 )
+
+
+def fresh(version: int, **fields) -> types.Experience:
+  """An experience of one row a rollout, without rewards and scores; `version` of all rows."""
+  R = fields['group_B'].size
+  return types.Experience(
+    version_B=np.full(R, version, np.int32),
+    rollout_B=np.arange(R, dtype=np.int32),
+    reward_R=np.full(R, np.nan, np.float32),
+    parts={},
+    reward_weights={},
+    reward_BT=None,
+    scores={},
+    **fields,
+  )
 
 
 def take_rows(experience: types.Experience, rows) -> types.Experience:

@@ -133,6 +133,12 @@ class Spec:
         f'sampling: top_p={self.top_p} must be in (0, 1], min_p={self.min_p} in [0, 1]'
       )
 
+  @classmethod
+  def of(cls, env, eos_ids, controls: tuple) -> Spec:
+    """How an environment draws, from its fields."""
+    drawn = (env.temperature, env.top_k, env.top_p, env.min_p, env.max_kept_tokens)
+    return cls(*drawn, tuple(eos_ids), controls)
+
   @property
   def truncates(self) -> bool:
     """Whether a token may be left out of a draw; a greedy one takes the most likely of all."""

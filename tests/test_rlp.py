@@ -116,6 +116,20 @@ def test_the_average_survives_a_kill(tmp_path, pool):
   assert any((a != b).any() for a, b in zip(ema, params, strict=True))
 
 
+def test_what_the_average_is_made_of_changes_nothing(tmp_path, pool):
+  """Its score is that of a context: leave-one-out subtracts it, the mean of the batch does not."""
+  ends = {}
+  for baseline in ('leave_one_out', 'batch_mean'):
+    for tau in (0.0, 0.9):
+      changes = {'rlp__algorithm__baseline': baseline, 'rlp__optim__ema_decay': tau}
+      config = short(rlp__steps=3, rlp__optim__learning_rate=0.01, rlp__optim__eps=1e-3, **changes)
+      run = tmp_path / f'{baseline}-{tau}'
+      assert train.run(config, str(run), pool) == 0
+      ends[baseline, tau] = np.concatenate([x.reshape(-1) for x in leaves(run / 'phases' / 'rlp')])
+  gap = lambda baseline: np.abs(ends[baseline, 0.0] - ends[baseline, 0.9]).max()
+  assert gap('leave_one_out') < 1e-5 < 1e-4 < gap('batch_mean')
+
+
 @pytest.mark.parametrize(
   'changes',
   [

@@ -25,6 +25,7 @@ COLOURS = dict(zip(ARMS, ('#000000', *seeds.COLOURS), strict=False))
 HOPS = (1, 2, 3)
 KINDS = (*(f'answer_{hops}' for hops in HOPS), 'random', 'markov', 'syntax')
 GAIN = 'reward/information_gain'
+TRAINED = ('zero_variance_groups', 'token_forwards/total', 'token_forwards/formula')
 # column -> metric of an evaluation, its sign
 COLUMNS = {
   'gain': (GAIN, 1),
@@ -39,13 +40,23 @@ COLUMNS = {
 
 
 def load(folder: pathlib.Path) -> dict[str, dict[str, list[dict]]]:
-  """Arm -> seed -> its evaluations, without the outcomes of single problems."""
+  """Arm -> seed -> its evaluations, without the outcomes of single problems; '<arm> steps' -> seed
+  -> rows of its training."""
   found = collections.defaultdict(dict)
   for name, of_seed in seeds.load(folder).items():
     for seed, rows in of_seed.items():
+      steps = [row for row in rows if row['kind'] == 'train' and TRAINED[0] in row]
+      if steps and TRAINED[1] in steps[0]:
+        found[f'{name} steps'][seed] = steps
       rows = [row for row in rows if row['kind'] == 'eval']
       found[name][seed] = [{k: v for k, v in r.items() if 'outcomes' not in k} for r in rows]
   return found
+
+
+def trained(runs, arm: str, name: str) -> float:
+  """The mean of a training metric over steps and seeds."""
+  found = [row[name] for rows in runs[f'{arm} steps'].values() for row in rows]
+  return sum(found) / len(found)
 
 
 def value(row: dict, column: str, kind: str, mode: str = 'sampled'):
@@ -135,6 +146,11 @@ def tables(runs) -> str:
     for arm in ARMS:
       cells = [text(across(runs[arm], -1, column, kind)) for column in COLUMNS]
       lines.append(f'| {arm} | ' + ' | '.join(cells) + ' |')
+  lines += ['\n### while training, mean over the steps\n']
+  lines += ['| | groups without signal | model tokens of a step | / formula |', '|---|---|---|---|']
+  for arm in ('rlp', 'ntp', 'uniform', 'rpt', 'other', 'short'):
+    cells = [f'{x:.3g}' for x in (trained(runs, arm, name) for name in TRAINED)]
+    lines.append(f'| {arm} | {cells[0]} | {cells[1]} | {float(cells[1]) / float(cells[2]):.2f} |')
   lines += ['\n### questions, greedy accuracy\n', '| on | after | 1 hop | 2 hops | 3 hops |']
   lines.append('|---|---|---|---|---|')
   for start in ('base', 'cpt', 'rlp'):
@@ -148,6 +164,8 @@ def main(_) -> None:
   runs, to = load(pathlib.Path(flags.FLAGS.runs)), pathlib.Path(flags.FLAGS.to)
   with open(to / 'evaluations.jsonl', 'w', encoding='utf-8') as file:
     for name, of_seed in sorted(runs.items()):
+      if name.endswith(' steps'):
+        continue
       for seed, rows in of_seed.items():
         file.writelines(json.dumps({'run': f'{name}-{seed}', **row}) + '\n' for row in rows)
   draw(runs, to / 'gain.png')

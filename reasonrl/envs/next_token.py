@@ -30,7 +30,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from reasonrl import controls, positions, records, sharding, types
+from reasonrl import controls, positions, records, rollouts, sharding, types
 
 # Whose prediction without a thought is compared with -> the role of its parameters.
 NO_THINK = {'ema': 'ema', 'policy': 'params', 'ref': 'ref', 'empty_think': 'ema'}
@@ -169,7 +169,7 @@ class NextToken:
     )
 
     control = self._control(tools)
-    spec = self._spec(tools, (control,))
+    spec = types.Spec.of(self, tools.tokenizer.eos_ids, (control,))
     thought = self._sample(tools, state, prompts, context_R, keys(0), self.max_thought, spec)
     closed_R = thought.stop_R == records.Stop.EOS
     tags = [close[:0] if closed else close for closed in closed_R]  # those that are written
@@ -179,7 +179,8 @@ class NextToken:
       behind = [
         np.concatenate([prompts[c], head]) for c, head in zip(context_R, heads, strict=True)
       ]
-      each, spec = np.arange(len(behind), dtype=np.int32), self._spec(tools, ())
+      each = np.arange(len(behind), dtype=np.int32)
+      spec = types.Spec.of(self, tools.tokenizer.eos_ids, ())
       said = self._sample(tools, state, behind, each, keys(1), self.predicts, spec)
     ends = said.ids if said else [found[c].after[: self.horizon] for c in context_R]
     tokens_BT, length_B = padded(
@@ -215,22 +216,16 @@ class NextToken:
     if thought.kept is not None:
       support['kept'] = spread('kept', -1, np.int32)
     source_BT = np.where(inside(0, head_B), types.ENVIRONMENT, types.PROMPT)
-    experience = types.Experience(
+    experience = rollouts.fresh(
+      state['version'],
       tokens_BT=tokens_BT,
       prompt_length_B=prompt_B,
       length_B=length_B,
       source_BT=np.where(policy_BT, types.POLICY, source_BT).astype(np.int8),
       logp_BT=spread('logps', 0.0, np.float32) * policy_BT,
       stop_B=thought.stop_R,
-      version_B=np.full(context_R.size, state['version'], np.int32),
       group_B=context_R,
-      rollout_B=np.arange(context_R.size, dtype=np.int32),
-      reward_R=np.full(context_R.size, np.nan, np.float32),
-      parts={},
-      reward_weights={},
-      reward_BT=None,
       support=support,
-      scores={},
       examples=tuple(
         self._example(tools, found[c], said and said.ids[r]) for r, c in enumerate(context_R)
       ),
@@ -284,10 +279,6 @@ class NextToken:
         'follows need'
       )
     return found
-
-  def _spec(self, tools, applied) -> types.Spec:
-    drawn = (self.temperature, self.top_k, self.top_p, self.min_p, self.max_kept_tokens)
-    return types.Spec(*drawn, tuple(tools.tokenizer.eos_ids), applied)
 
   def _control(self, tools) -> controls.Thought:
     """A thought has neither EOS nor, where that is one token, <think>."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from reasonrl import controls, records, types
+from reasonrl import controls, records, rollouts, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,32 +67,18 @@ class SingleTurn:
       max_new_R=np.full(prompt_R.size, self.max_completion_length, np.int32),
       numbers={name: np.full(prompt_R.size, number, np.int32) for name, number in numbers.items()},
     )
-    spec = types.Spec(
-      temperature=self.temperature,
-      top_k=self.top_k,
-      top_p=self.top_p,
-      min_p=self.min_p,
-      max_kept_tokens=self.max_kept_tokens,
-      stop_ids=tuple(tools.tokenizer.eos_ids),
-      controls=applied,
-    )
+    spec = types.Spec.of(self, tools.tokenizer.eos_ids, applied)
     samples = tools.generate(state['params'], requests, spec, self.slots)
-    experience = types.Experience(
+    experience = rollouts.fresh(
+      state['version'],
       tokens_BT=samples.tokens_RS,
       prompt_length_B=samples.prompt_length_R,
       length_B=samples.length_R,
       source_BT=samples.source_RS,
       logp_BT=samples.logp_RS,
       stop_B=samples.stop_R,
-      version_B=np.full(prompt_R.size, state['version'], np.int32),
       group_B=prompt_R,
-      rollout_B=np.arange(prompt_R.size, dtype=np.int32),
-      reward_R=np.full(prompt_R.size, np.nan, np.float32),
-      parts={},
-      reward_weights={},
-      reward_BT=None,
       support={} if samples.kept_RSK is None else {'kept': samples.kept_RSK},
-      scores={},
       examples=tuple(examples[p] for p in prompt_R),
       completions=tuple(self._completion(tools, samples, r) for r in range(prompt_R.size)),
     )
