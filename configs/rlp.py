@@ -179,6 +179,7 @@ def posttrain():
   config.rl.eval_every = 25
 
   config.evaluation = common.evaluation()
+  config.evaluation.num_examples = 512  # there are 700 questions to hold out, 620 of three hops
   config.evaluation.by = 'hops'
   config.evaluation.env.max_completion_length = 20
   return config
