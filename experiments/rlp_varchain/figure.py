@@ -39,6 +39,12 @@ COLUMNS = {
 }
 
 
+KEPT = (  # of an evaluation, beside its place in the run
+  *(f'eval/sampled/{metric}/class=' for metric, _ in COLUMNS.values()),
+  *(f'eval/{mode}/accuracy/hops=' for mode in ('greedy', 'sampled')),
+)
+
+
 def load(folder: pathlib.Path) -> dict[str, dict[str, list[dict]]]:
   """Arm -> seed -> its evaluations, without the outcomes of single problems; '<arm> steps' -> seed
   -> rows of its training."""
@@ -167,7 +173,9 @@ def main(_) -> None:
       if name.endswith(' steps'):
         continue
       for seed, rows in of_seed.items():
-        file.writelines(json.dumps({'run': f'{name}-{seed}', **row}) + '\n' for row in rows)
+        for row in rows:
+          kept = {k: v for k, v in row.items() if k.startswith(KEPT) or not k.startswith('eval/')}
+          file.write(json.dumps({'run': f'{name}-{seed}', **kept}) + '\n')
   draw(runs, to / 'gain.png')
   (to / 'tables.md').write_text(tables(runs), encoding='utf-8')
   print(tables(runs))
