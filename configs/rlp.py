@@ -261,17 +261,17 @@ def smollm2():
   config.rewards = common.rewards(information_gain=1.0, token_match=0.0)
 
   config.rlp = common.reinforce('rlp', learning_rate=1e-5)
-  config.rlp.steps = 20
+  config.rlp.steps = 16
   config.rlp.prompts_per_step = 8
   config.rlp.row_length = 192
   config.rlp.rows_per_batch = 8
-  config.rlp.eval_every = 10
+  config.rlp.eval_every = 0
   config.rlp.optim.ema_decay = 0.99
   config.rlp.env = env = common.next_token()
   env.num_generations = 8
   env.instruction = _INSTRUCTION
   env.max_context = 96
-  env.max_thought = 24
+  env.max_thought = 16
   env.position_sampler = 'topq_entropy'
 
   config.evaluation = common.evaluation()
