@@ -564,7 +564,11 @@ def misspelt():
     ('sft__task', misspelt(), "balance='digit' is not a name or number that problems of collect"),
     ('prompt__few_shot_count', 3, "prompt: few_shot_count=3 needs few_shot='task' or a file"),
     ('collect__p_rationalization', 1.5, r'collect.p_rationalization=1.5 must be in \[0, 1\]'),
-    ('sft__row_length', 64, 'sft.row_length=64 is shorter than prompt.max_length=64 plus '),
+    (
+      'sft__row_length',
+      64,
+      'sft.row_length=64 is shorter than the 113 tokens that a row of collect.env may have',
+    ),
     ('phases', ('pretrain', 'sft'), "sft.task reads phase='collect', which is not an earlier"),
     ('collect__max_per_problem', -1, 'collect.max_per_problem=-1 must be at least 0'),
     ('task', common.collected('collect'), 'task: what collect collects is for the task of a phase'),

@@ -392,7 +392,7 @@ FORGETFUL.update({'min_p': 0.1, 'max_kept_tokens': 0})
     ('rl.algorithm.name', 'gpro', "'gpro' is not one of grpo"),
     ('task.name', 'shell', "'shell' is not one of .*shuffled_objects"),
     ('models.policy.kind', 'mamba', "'mamba' is not one of decoder"),
-    ('rl.env.name', 'web', "'web' is not one of single_turn"),
+    ('rl.env.name', 'web', "'web' is not one of next_token, single_turn"),
     ('rl.kind', 'reinforcement', "'reinforcement' is not one of .*reinforce"),
     ('phases', ('pretrain', 'sft'), "phases='sft' is not one of pretrain, rl"),
     ('rl.init', 'sft', "rl.init='sft' is not 'previous', 'scratch', an earlier phase .pretrain."),

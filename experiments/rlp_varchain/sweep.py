@@ -19,11 +19,12 @@ def sweep(add):
   def last(name):
     return {'base': 'pretrain', 'cpt': 'cpt'}.get(name, 'rlp')
 
+  tiny = 'configs/rlp.py'
   for seed in range(3):
-    add(name=f'base-{seed}', seed=seed, phases=('pretrain',))
+    add(name=f'base-{seed}', config=tiny, seed=seed, phases=('pretrain',))
   for seed in range(3):
     for arm in ARMS:
-      config = f'configs/rlp.py{"" if arm == "rlp" else f":{arm}"}'
+      config = tiny if arm == 'rlp' else f'{tiny}:{arm}'
       add(
         name=f'{arm}-{seed}',
         config=config,
@@ -34,7 +35,7 @@ def sweep(add):
   for seed in range(3):
     # What is learned, but with the thought about another text in its place.
     fields = {'evaluation.env.thoughts': 'other', 'phases': ('pretrain',), 'pretrain.steps': 0}
-    add(name=f'swapped-{seed}', seed=seed, **fields, **on('rlp', seed, 'pretrain'))
+    add(name=f'swapped-{seed}', config=tiny, seed=seed, **fields, **on('rlp', seed, 'pretrain'))
     for start in ('base', 'cpt', 'rlp'):
-      more = {'config': 'configs/rlp.py:posttrain', 'seed': seed}
+      more = {'config': f'{tiny}:posttrain', 'seed': seed}
       add(name=f'post_{start}-{seed}', **more, **on(start, seed, 'sft'))
