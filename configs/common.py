@@ -625,7 +625,7 @@ def next_token() -> ConfigDict:
       'class_weights': {},  # of 'class': kind of token -> probability; the rest is uniform
       'max_context': 2048,  # tokens
       'horizon': 1,  # tokens behind a thought; more are an extension
-      'instruction': '',  # before the context, where it thinks; ours for base models: none
+      'instruction': '',  # before the context (and its BOS), where it thinks; for base models none
       'num_generations': 16,  # G
       'max_thought': 2048,  # tokens, a sampled </think> included
       'min_thought': 1,  # tokens before it

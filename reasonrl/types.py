@@ -74,7 +74,9 @@ class Experience:
   # What each token was drawn from, if not from the whole vocabulary: 'kept' ids or what is left
   # without 'barred' ones. int32 [B, T, K], -1 = padding; a token without ids leaves nothing out.
   support: dict[str, np.ndarray]
-  scores: dict[str, np.ndarray]  # by name ('old_logp', ...), also what algorithm.needs: [B, T]
+  # By name: what algorithm.needs ('old_logp', ...), [B, T]; what an environment's rewards read, [B]
+  # or [B, n].
+  scores: dict[str, np.ndarray]
   examples: tuple[records.Example, ...]  # [R], for the logs
   completions: tuple[records.Completion, ...]  # [R], for the logs
 

@@ -73,8 +73,8 @@ class Setup:
 
   def text(self, example) -> tuple[np.ndarray, int]:
     """The token ids of a text, and how many of them stand before it (BOS)."""
-    ids = self.supervised_sequence(example, False, sys.maxsize).tokens_T
-    return ids, len(self.prompter.render(self.tokenizer, example, False))
+    before = self.prompter.render(self.tokenizer, example, False)
+    return data.text_sequence(self.tokenizer, before, example, sys.maxsize).tokens_T, len(before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
   python experiments/sweep.py --config=configs/rlp.py --to=runs/rlp \
     --sweep=experiments/rlp_varchain/sweep.py --max_parallel=2
 
-A run that starts from another comes late enough behind it in the list for it to have ended.
+A run that starts from another comes behind it in the list, late enough for two at a time.
 """
 
 RUNS = 'runs/rlp'
