@@ -201,11 +201,13 @@ class Launcher:
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
+      # Tests that a shell runs in the background ignore Ctrl-C, and so would their children.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
   def __call__(self, text: str, *flags_: str) -> tuple[int, str, str]:
     process = self.start(text, *flags_)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
   def index(self) -> list[tuple[str, int]]:
@@ -295,7 +297,7 @@ def test_signal_reaches_the_trials_and_the_sweep_goes_on(launch, number, code):
   process = launch.start(WAITING, '--max_parallel=2')
   wait_for(launch.to / '0' / 'waits', launch.to / '1' / 'waits')
   os.killpg(process.pid, number)  # as a terminal does: to the launcher, and not to its trials
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=60)
   assert process.returncode == code, err
   assert sorted(launch.index()) == [('0', 143), ('1', 143)]
   assert launch(WAITING.replace('range(3)', 'range(2)'))[0] == 0
@@ -309,7 +311,7 @@ def test_second_signal_does_not_wait_for_the_save(launch):
   wait_for(launch.to / 'slow' / 'saves')
   time.sleep(0.3)  # in which it must not be told again
   process.terminate()
-  process.communicate(timeout=120)
+  process.communicate(timeout=60)
   assert process.returncode == 143 and launch.index() == [('slow', 130)]
   assert (launch.to / 'slow' / 'saves').read_text() == 'x'
 
@@ -401,7 +403,7 @@ def test_search_outlives_a_crash_and_a_signal(launch):
   process = launch.start(text, '--trials=2', '--retries=0')
   wait_for(launch.to / '0001' / 'waits')
   process.terminate()
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=60)
   assert process.returncode == 143 and launch.index() == [('0000', 1), ('0001', 143)]
   assert launch(text.replace('1:', '2:'), '--trials=1')[0] == 0
   assert launch.index()[2:] == [('0001', 0)]
