@@ -133,7 +133,8 @@ def table(row: dict) -> rich.table.Table:
     start = f'eval/sampled/{prefix}'
     found = [name.removeprefix(start) for name in row if name.startswith(start)]
     found = [name for name in found if not name.endswith(('_low', '_high'))]
-    metrics += [prefix + rest for rest in sorted(found, key=lambda rest: (len(rest), rest))]
+    by_size = lambda rest: (rest.isdigit() * len(rest), rest)  # 2, 4, 16
+    metrics += [prefix + rest for rest in sorted(found, key=by_size)]
   metrics += LENGTHS
   out = rich.table.Table('', 'greedy', 'sampled')
 
