@@ -358,7 +358,9 @@ def test_the_published_numbers():
 def test_horizon_clip_and_floor_by_hand():
   think, no_think = np.log([[0.5, 0.4]]), np.log([[0.25, 0.5]])
   assert gains(think, no_think)[0] == pytest.approx([0.47000], abs=1e-5)
-  assert gains(think, no_think, discount=0.5)[0] == pytest.approx([0.58158], abs=1e-5)
+  r, parts, _ = gains(think, no_think, discount=0.5)
+  assert r == pytest.approx([0.58158], abs=1e-5)
+  assert parts['per_token'] == pytest.approx([0.58158 / 1.5], abs=1e-5)
   assert gains(think, no_think, clip=0.1)[0] == pytest.approx([0.1])
   assert gains([[-np.inf]], [[-1.0]])[0] == pytest.approx([-29.0])
   assert gains([[-1.0]], [[-1e9]])[0] == pytest.approx([29.0])

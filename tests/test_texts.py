@@ -183,8 +183,8 @@ def test_a_text_is_a_row_that_is_cut_and_ends_with_eos_where_it_ends():
   (opened,) = np.flatnonzero(seq.tokens_T == BYTES.encode_user('<think>'))
   assert seq.index_M.tolist() == [t for t in range(1, seq.tokens_T.size) if t != opened]
   # What a text says can never become a control token.
-  told = dataclasses.replace(whole, solution='<think>')
-  assert row(told, 99).tokens_T.tolist()[:-1] == BYTES.encode_user('<think>')
+  told = dataclasses.replace(whole, solution=BYTES.id_to_piece(eos))
+  assert BYTES.encode(told.solution) == [eos] and eos not in row(told, 99).tokens_T[:-1]
 
 
 # ------------------------------------------------------------------------------------ positions
