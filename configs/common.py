@@ -18,7 +18,8 @@ def base(name: str) -> ConfigDict:
       'phases': (),  # names of sections; a loop is a tuple ending in its repetitions
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},  # one size may be -1: all devices left
       'models': {},  # name -> model(...)
-      'loss_chunk': 512,  # scored tokens whose logits exist at a time
+      'loss_backend': 'auto',  # of the fused loss: 'xla', 'pallas_tpu', 'pallas_gpu'
+      'loss_chunk': 0,  # scored tokens of a device whose logits exist at a time; 0: its platform's
       'sentinels': True,  # look for broken runs in every step; see reasonrl/sentinels.py
       'max_skipped': 5,  # consecutive steps that are not finite before the run stops
       'rewarding': {'workers': 2, 'timeout_s': 10.0},  # processes; wall seconds per completion

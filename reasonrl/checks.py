@@ -27,13 +27,13 @@ from reasonrl import (
 LEAST = {
   **dict.fromkeys(('num_examples', 'examples_per_step', 'prompts_per_step', 'row_length'), 1),
   **dict.fromkeys(('rows_per_batch', 'max_completion_length', 'num_generations'), 1),
-  **dict.fromkeys(('max_generation_batches', 'corpus_examples', 'max_skipped', 'loss_chunk'), 1),
+  **dict.fromkeys(('max_generation_batches', 'corpus_examples', 'max_skipped'), 1),
   'sampler_sync_steps': 1,
   **dict.fromkeys(('sync_steps', 'steps_added', 'max_per_problem'), 0),
   **dict.fromkeys(('save_every', 'keep_last', 'every', 'transcripts_every'), 1),
   **dict.fromkeys(('seed', 'steps', 'eval_every', 'slots', 'transcripts', 'profile_step'), 0),
   **dict.fromkeys(('keep_every', 'grace_s', 'learning_rate', 'warmup_steps'), 0),
-  **dict.fromkeys(('top_k', 'max_kept_tokens'), 0),
+  **dict.fromkeys(('top_k', 'max_kept_tokens', 'loss_chunk'), 0),
 }
 
 

@@ -8,7 +8,7 @@
 
 The loss is a list of terms, each a sum over scored tokens of weight x token loss, divided by a
 denominator computed once for the whole optimizer step and passed in: micro-batching, packing and
-sharding cannot change it.
+sharding cannot change it. All terms share one pass of the head.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Learner:
   terms: tuple[Term, ...]
   form: tuple  # see kernels.policy_loss: scale, softcap, temperature, compute dtype
   forbidden: tuple[int, ...]
-  loss_chunk: int  # scored tokens whose logits exist at a time
+  loss_backend: str  # of ops.BACKENDS
+  loss_chunk: int  # scored tokens of a device whose logits exist at a time; 0: see ops.ROWS
 
   def init(self, params) -> types.TrainState:
     """A fresh train state around these parameters, placed by the model's rules."""
@@ -142,33 +143,34 @@ class Learner:
   def accumulate(self, params, grads, batch: types.Batch, denominators):
     """grads + the gradient of this micro-batch's share of the loss; and its report."""
 
-    def loss_fn(params):
-      hidden_MD, targets_M, support, aux = self._scored(params, batch)
-      loss, report = 0.0, {'tokens': jnp.sum(aux['weight'] > 0)}
-      for n, (term, denominator) in enumerate(zip(self.terms, denominators, strict=True)):
-        total, metrics = ops.token_loss(
-          hidden_MD,
-          self.model.head(params),
-          ops.forbid(self.model.vocab_size, self.forbidden),
-          targets_M,
-          support,
-          aux | {'weight': aux[term.weight]},
-          functools.partial(weighted, term.token_loss),
-          self.form,
-          self.loss_chunk,
-          self.mesh,
-        )
-        loss = loss + total / denominator
-        report |= {f'loss/{term.weight}': total / denominator} if n else metrics
-      return loss, {'loss': loss, **report}
-
-    new, report = jax.grad(loss_fn, has_aux=True)(params)
+    hidden_MD, pull = jax.vjp(lambda params: self._hidden(params, batch), params)
+    targets_M, support, aux = self._targets(batch)
+    aux['terms'] = tuple(
+      aux[term.weight] / denominator
+      for term, denominator in zip(self.terms, denominators, strict=True)
+    )
+    (loss, metrics), (dhidden_MD, dhead_VD) = ops.policy_loss_and_grads(
+      hidden_MD,
+      self.model.head(params),
+      ops.forbid(self.model.vocab_size, self.forbidden),
+      targets_M,
+      support,
+      aux,
+      functools.partial(total, self.terms),
+      self._spec(support),
+      self.mesh,
+      self.model.head(grads),
+    )
+    (new,) = pull(dhidden_MD)
+    grads = jax.tree.map(jnp.add, self.model.with_head(grads, dhead_VD), new)
+    report = {'loss': loss, 'tokens': jnp.sum(aux['weight'] > 0), **metrics}
     mask_M = batch.aux['weight'].reshape(-1) > 0
     for name, value in report.items():
       if value.ndim and name != 'mismatch':  # [M] -> what the metric is: a maximum, or a sum
-        value = jnp.where(mask_M, value, 0.0)
+        if not name.startswith('loss/'):
+          value = jnp.where(mask_M, value, 0.0)
         report[name] = value.max() if name.endswith('_max') else value.sum()
-    return self._constrain(jax.tree.map(jnp.add, grads, new)), report
+    return self._constrain(grads), report
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
   def apply(self, state: types.TrainState, grads, loss):
@@ -196,18 +198,18 @@ class Learner:
   @functools.partial(jax.jit, static_argnums=0)
   def score(self, params, batch: types.Batch) -> Scored:
     """Log-probability, entropy and rank of the scored tokens, [B, M] each; forward only."""
-    hidden_MD, targets_M, support, _ = self._scored(params, batch)
+    targets_M, support, _ = self._targets(batch)
     out = ops.token_logps(
-      hidden_MD,
+      self._hidden(params, batch),
       self.model.head(params),
       ops.forbid(self.model.vocab_size, self.forbidden),
       targets_M,
       support,
-      self.form,
-      self.loss_chunk,
+      self._spec(support),
       self.mesh,
     )
-    return Scored(*(x.reshape(batch.index_BM.shape) for x in out))
+    flat = (out.logp, out.entropy, out.likeliest)
+    return Scored(*(x.reshape(batch.index_BM.shape) for x in flat))
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def _prepared(self, prepare, params, batch: types.Batch) -> types.Batch:
@@ -215,17 +217,24 @@ class Learner:
     more = prepare(self.score(params, batch).logp, batch)
     return dataclasses.replace(batch, aux={**batch.aux, **more})
 
-  def _scored(self, params, batch):
-    """Hidden state before each scored token, the tokens, their support, aux: flat, [M, ...]."""
+  def _hidden(self, params, batch):
+    """The hidden state before each scored token, [M, D]."""
     hidden_BTD, _ = self.model.hidden(
       params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None
     )
     hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.index_BM[:, :, None] - 1, axis=1)
-    targets_BM = jnp.take_along_axis(batch.tokens_BT, batch.index_BM, axis=1)
+    return hidden_BMD.reshape(-1, hidden_BMD.shape[-1])
+
+  def _targets(self, batch):
+    """The scored tokens, their support, aux: flat, [M, ...]."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])
+    targets_BM = jnp.take_along_axis(batch.tokens_BT, batch.index_BM, axis=1)
     aux = jax.tree.map(flat, batch.aux)
     support = {name: aux.pop(name) for name in SUPPORT if name in aux}
-    return flat(hidden_BMD), flat(targets_BM), support, aux
+    return flat(targets_BM), support, aux
+
+  def _spec(self, support):
+    return ops.loss_spec(self.loss_backend, self.loss_chunk, self.form, support, self.mesh)
 
   def _constrain(self, tree):
     rules = self.model.sharding_rules
@@ -236,6 +245,19 @@ def global_norm(tree) -> jax.Array:
   """The norm of all leaves together, float32."""
   squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   return jnp.sqrt(sum(squares))
+
+
+def total(terms, logp, entropy, aux):
+  """The sum of all terms, each weighted; metrics of the first, and what each other term adds.
+
+  aux['terms']: for every term its weights, divided by its denominator.
+  """
+  loss, metrics = 0.0, {}
+  for n, (term, weight_M) in enumerate(zip(terms, aux['terms'], strict=True)):
+    part, said = weighted(term.token_loss, logp, entropy, aux | {'weight': weight_M})
+    loss = loss + part
+    metrics |= {f'loss/{term.weight}': part} if n else said
+  return loss, metrics
 
 
 def weighted(token_loss, logp, entropy, aux):

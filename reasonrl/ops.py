@@ -1,7 +1,9 @@
-"""The kernels as the rest of the code calls them, wrapped in `shard_map`.
+"""The kernels as the rest of the code calls them: back end by platform, wrapped in `shard_map`.
 
-On a mesh the scored tokens are split over all three axes, the head matrix is gathered once per call
-(not per chunk), and the gradient of the head is summed over the mesh once per call.
+On a mesh the scored tokens of the loss are split as rows are, over data and fsdp, and the
+vocabulary over tensor. The head matrix is gathered over fsdp once per call (not per chunk), its
+gradient is scattered back once; devices that share tokens exchange numbers per token, and the
+gradient of the hidden states once.
 """
 
 from __future__ import annotations
@@ -20,51 +22,111 @@ dense = dense_kernel.dense
 attention = attention_kernel.attention
 logits = policy_loss.logits
 
+BACKENDS = ('auto', *policy_loss.BACKENDS)
+# Tokens whose logits exist at a time: on a CPU they should stay near the cores, on an accelerator
+# they pay for reading and writing the gradient of the head.
+ROWS = {'cpu': 512, 'tpu': 2048, 'gpu': 4096}
+
 
 def forbid(vocab_size: int, ids) -> jax.Array:
   """bias_V, float32: -1e9 on forbidden ids, 0 elsewhere. One for sampler and scorer alike."""
   return jnp.zeros(vocab_size, jnp.float32).at[np.asarray(ids, np.int32)].set(-1e9)
 
 
-def token_logps(hidden_MD, head_VD, bias_V, targets_M, support, form, rows: int, mesh: Mesh):
-  """logp_M, entropy_M, likeliest_M: see `kernels.policy_loss`. M divisible by the mesh."""
+def loss_spec(backend: str, rows: int, form, support, mesh: Mesh) -> policy_loss.Spec:
+  """How the loss is computed on this mesh.
 
-  def run(hidden_MD, head_VD, bias_V, targets_M, support):
-    return policy_loss.token_logps(hidden_MD, head_VD, bias_V, targets_M, support, form, rows)
+  Args:
+    backend: of BACKENDS; 'auto' takes a kernel on the chips that it is compiled for in the tests
+      (TPU v5e and v6e; GPUs of compute capability 9.0), if it can do what `support` asks for.
+    rows: the most tokens of a device whose logits exist at a time; 0: ROWS.
+  """
+  device = mesh.devices.flat[0]
+  if backend == 'auto':
+    backend = 'xla'
+    if device.device_kind in ('TPU v5 lite', 'TPU v6 lite'):
+      backend = 'pallas_tpu'
+    if getattr(device, 'compute_capability', None) == '9.0':
+      backend = 'pallas_gpu'
+    if set(support) - policy_loss.BACKENDS[backend].SUPPORT:
+      backend = 'xla'
+  axis = 'tensor' if mesh.shape['tensor'] > 1 else None
+  return policy_loss.Spec(form, rows or ROWS[device.platform], backend, axis)
+
+
+def token_logps(
+  hidden_MD, head_VD, bias_V, targets_M, support, spec: policy_loss.Spec, mesh: Mesh
+) -> policy_loss.Scores:
+  """See `kernels.policy_loss.token_logps`. M must be divisible by data x fsdp."""
+
+  def local(hidden_MD, head_VD, bias_V, targets_M, support):
+    head_VD = _gather(head_VD, spec)
+    return policy_loss.token_logps(hidden_MD, head_VD, bias_V, targets_M, support, spec)
 
   if mesh.size == 1:
-    return run(hidden_MD, head_VD, bias_V, targets_M, support)
-  tokens, whole = types.TOKENS, PartitionSpec()
+    return policy_loss.token_logps(hidden_MD, head_VD, bias_V, targets_M, support, spec)
+  head_VD, bias_V = _padded(head_VD, bias_V, mesh)
   return jax.shard_map(
-    run,
+    local,
     mesh=mesh,
-    in_specs=(tokens, whole, whole, tokens, tokens),
-    out_specs=(tokens, tokens, tokens),
+    in_specs=(types.ROWS, HEAD, VOCABULARY, types.ROWS, types.ROWS),
+    out_specs=types.ROWS,
     check_vma=False,
   )(hidden_MD, head_VD, bias_V, targets_M, support)
 
 
-def token_loss(
-  hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, form, rows: int, mesh: Mesh
-):
-  """(sum of fn over tokens, {metric: [M]}): see `kernels.policy_loss.token_loss`."""
+def policy_loss_and_grads(
+  hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, spec: policy_loss.Spec, mesh: Mesh,
+  dhead_VD,
+):  # fmt: skip
+  """(sum of fn over tokens, {metric: [M]}), (dhidden_MD, dhead_VD).
 
-  def run(hidden_MD, head_VD, bias_V, targets_M, support, aux):
-    return policy_loss.token_loss(
-      hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, form, rows
+  See `kernels.policy_loss.value_and_grads`; the gradient of the head is added to dhead_VD, in its
+  dtype.
+  """
+
+  def local(hidden_MD, head_VD, bias_V, targets_M, support, aux, dhead_VD):
+    head_VD = _gather(head_VD, spec)
+    alone = mesh.shape['data'] * mesh.shape['fsdp'] == 1
+    start = dhead_VD if alone else jnp.zeros(head_VD.shape, jnp.float32)
+    (loss, metrics), (dhidden_MD, new_VD) = policy_loss.value_and_grads(
+      hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, spec, start
     )
+    if not alone:
+      new_VD = jax.lax.psum_scatter(new_VD, 'fsdp', scatter_dimension=0, tiled=True)
+      new_VD = dhead_VD + jax.lax.psum(new_VD, 'data')
+    return jax.lax.psum(loss, ('data', 'fsdp')), metrics, dhidden_MD, new_VD
 
-  def local(*args):
-    loss, metrics = run(*args)
-    return jax.lax.psum(loss, types.MESH_AXES), metrics
-
+  V, dtype = head_VD.shape[0], dhead_VD.dtype
+  dhead_VD = dhead_VD.astype(jnp.float32)
   if mesh.size == 1:
-    return run(hidden_MD, head_VD, bias_V, targets_M, support, aux)
-  tokens, whole = types.TOKENS, PartitionSpec()
-  return jax.shard_map(
+    out, (dhidden_MD, dhead_VD) = policy_loss.value_and_grads(
+      hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, spec, dhead_VD
+    )
+    return out, (dhidden_MD, dhead_VD.astype(dtype))
+  head_VD, bias_V = _padded(head_VD, bias_V, mesh)
+  dhead_VD = jnp.pad(dhead_VD, ((0, head_VD.shape[0] - V), (0, 0)))
+  loss, metrics, dhidden_MD, dhead_VD = jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(tokens, whole, whole, tokens, tokens, tokens),
-    out_specs=(whole, tokens),
+    in_specs=(types.ROWS, HEAD, VOCABULARY, types.ROWS, types.ROWS, types.ROWS, HEAD),
+    out_specs=(PartitionSpec(), types.ROWS, types.ROWS, HEAD),
     check_vma=False,
-  )(hidden_MD, head_VD, bias_V, targets_M, support, aux)
+  )(hidden_MD, head_VD, bias_V, targets_M, support, aux, dhead_VD)
+  return (loss, metrics), (dhidden_MD, dhead_VD[:V].astype(dtype))
+
+
+HEAD = PartitionSpec(('tensor', 'fsdp'))
+VOCABULARY = PartitionSpec('tensor')
+
+
+def _gather(head_VD, spec):
+  """The part of the vocabulary that this device computes, in the dtype it is computed in."""
+  return jax.lax.all_gather(head_VD.astype(spec.form[3]), 'fsdp', axis=0, tiled=True)
+
+
+def _padded(head_VD, bias_V, mesh):
+  """Rows that no token has, so that the vocabulary splits evenly."""
+  missing = -head_VD.shape[0] % (mesh.shape['tensor'] * mesh.shape['fsdp'])
+  bias_V = jnp.pad(bias_V, (0, missing), constant_values=policy_loss.OUTSIDE)
+  return jnp.pad(head_VD, ((0, missing), (0, 0))), bias_V

@@ -49,17 +49,16 @@ def with_texts(seqs: list[types.Sequence], texts: list[types.Sequence], coef: fl
   return out
 
 
-def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
+def pack(seqs: list[types.Sequence], row_length: int, rows: int):
   """Sequences -> micro-batches of `rows` rows by first fit, longest first.
 
   The number of scored slots per row is the largest any row needs, rounded up to a quarter of the
-  row (few shapes, few compilations) and to `multiple`.
+  row (few shapes, few compilations).
 
   Args:
     seqs: sequences of at most row_length tokens.
     row_length: T of a packed row.
     rows: rows per micro-batch on this process.
-    multiple: the scored slots of a row are a multiple of this (the mesh's tensor axis).
 
   Returns:
     list of host Batches, and for every sequence its (micro-batch, row, first scored slot).
@@ -85,7 +84,6 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int, multiple: int):
   # Every process must compile and run the same programs, so the shapes are agreed on.
   need = sharding.agree(max(max(sum(seqs[i].index_M.size for i in c) for c in content), 1))
   slots = -(-need // step) * step
-  slots += -slots % multiple
 
   def unused(x):  # slots: the number is 0, and there are no ids
     return np.full((rows, slots, *x.shape[1:]), 0 if x.ndim == 1 else -1, x.dtype)

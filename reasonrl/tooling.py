@@ -129,7 +129,7 @@ def count_failures(tally: dict, scores) -> None:
 def pack(setup: wiring.Setup, row_length: int, rows: int, seqs):
   """`packing.pack` into micro-batches of `rows` rows over all processes."""
   each = rows // jax.process_count()
-  return packing.pack(seqs, row_length, each, setup.mesh.shape['tensor'])
+  return packing.pack(seqs, row_length, each)
 
 
 def make_window_score(setup: wiring.Setup, student: learner.Learner, env):

@@ -26,11 +26,9 @@ from jax.sharding import PartitionSpec
 
 from reasonrl import records
 
-# The axes of the device mesh, and how arrays are split over it: rows of a batch (slots of the
-# sampler) over data and fsdp, scored tokens over all three.
+# The axes of the device mesh, and how rows of a batch (slots of the sampler) are split over it.
 MESH_AXES = ('data', 'fsdp', 'tensor')
 ROWS = PartitionSpec(('data', 'fsdp'))
-TOKENS = PartitionSpec(MESH_AXES)
 
 # source_BT: who wrote a token. Only POLICY tokens carry gradient.
 PROMPT, POLICY, ENVIRONMENT = 0, 1, 2

@@ -275,6 +275,7 @@ def make_phase(setup: Setup, table: dict, name: str, asked: tuple) -> Phase:
     terms=terms,
     form=sampler.form(temperature),
     forbidden=sampler.forbidden,
+    loss_backend=setup.config.loss_backend,
     loss_chunk=setup.config.loss_chunk,
   )
   return Phase(name, section, task, asked, env, algorithm, reads, student, optimizer)

@@ -213,7 +213,9 @@ def fused(grpo, hidden, head, targets, aux):
   fn = functools.partial(learner.weighted, grpo.token_loss)
 
   def loss(hidden):
-    return policy_loss.token_loss(hidden, head, jnp.zeros(VOCAB), targets, {}, aux, fn, FORM, 7)
+    spec = policy_loss.Spec(FORM, 7, 'xla', None)
+    bias = jnp.zeros(VOCAB)
+    return policy_loss.fused_policy_loss(hidden, head, bias, targets, {}, aux, fn, spec)
 
   return jax.value_and_grad(loss, has_aux=True)(hidden)
 
@@ -305,6 +307,9 @@ class Bandit:
   def head(self, params):
     return params['weight']
 
+  def with_head(self, tree, head_VD):
+    return {**tree, 'weight': head_VD}
+
 
 def probabilities(params):
   z = np.asarray(params['weight'], np.float64)[:, 0]
@@ -333,7 +338,7 @@ class Play:
     weight_BT, denominator = self.grpo.weights(found)
     aux = {'weight': weight_BT, 'adv': self.grpo.advantages(found), 'old_logp': logp}
     aux |= {'ref_logp': np.full_like(logp, math.log(1 / 3)), 'sampler_logp': logp}
-    batches, _ = packing.pack(packing.sequences(tokens, found.length_B, aux), 2, G, 1)
+    batches, _ = packing.pack(packing.sequences(tokens, found.length_B, aux), 2, G)
     rows = []
     for _ in range(self.grpo.num_iterations):
       self.state, reports = self.learner.update(self.state, batches, (denominator,))

@@ -13,6 +13,7 @@ import oracle
 import pytest
 
 from reasonrl.kernels import policy_loss
+from reasonrl.kernels.policy_loss import reference as twin
 
 F32, BF16 = jnp.dtype('float32'), jnp.dtype('bfloat16')
 CASES = {name: rest for name, *rest in policy_loss.cases()}
@@ -35,16 +36,20 @@ def inputs(M, D, V, seed=0, dtype=F32):
   return normal(M, D).astype(dtype), head.astype(dtype), jnp.zeros(V), targets, aux
 
 
+def xla(form, rows):
+  return policy_loss.Spec(form, rows, 'xla', None)
+
+
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
 def fused(hidden, head, bias, targets, aux, fn, form, rows, support=None):
-  run = functools.partial(policy_loss.token_loss, fn=fn, form=form, rows=rows)
+  run = functools.partial(policy_loss.fused_policy_loss, fn=fn, spec=xla(form, rows))
   loss = lambda *a: run(*a, bias, targets, support or {}, aux)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def reference(hidden, head, bias, targets, aux, fn, form, support=None):
-  loss = lambda *a: policy_loss.token_loss_ref(*a, bias, targets, support or {}, aux, fn, form)
+  loss = lambda *a: twin.policy_loss(*a, bias, targets, support or {}, aux, fn, form)
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
@@ -62,7 +67,7 @@ def test_equals_the_materialised_twin(name):
   got = fused(*args, loss_fn, form, rows)
   assert_close(got, reference(*args, loss_fn, form), 1e-5)  # value, metrics, both gradients
   (_, metrics), _ = got
-  logp, entropy, _ = policy_loss.token_logps(*args[:4], {}, form, rows)
+  logp, entropy, *_ = policy_loss.token_logps(*args[:4], {}, xla(form, rows))
   np.testing.assert_allclose(metrics['entropy'], entropy, rtol=1e-6)
   np.testing.assert_allclose(metrics['ratio'], jnp.exp(logp - args[4]['old']), rtol=1e-5)
 
@@ -73,7 +78,7 @@ def test_scores_equal_the_float64_oracle(name):
   hidden, head, _, targets, _ = inputs(M, D, V)
   bias = jnp.zeros(V).at[3].set(0.7)
   form = (scale, softcap, temperature, F32)
-  got = policy_loss.token_logps(hidden, head, bias, targets, {}, form, rows)
+  got = policy_loss.token_logps(hidden, head, bias, targets, {}, xla(form, rows))
   want = oracle.scores(hidden, head, targets, scale, softcap, temperature, bias)
   np.testing.assert_allclose(got[0], want[0], atol=2e-6)
   np.testing.assert_allclose(got[1], want[1], atol=2e-6)
@@ -139,7 +144,7 @@ def test_kept_ids_by_hand():
   args = (jnp.ones((3, 1)), head, jnp.zeros(4), jnp.array([0, 2, 2]))
   kept = {'kept': jnp.array([[2, 0], [-1, 2], [-1, -1]])}
   form = (1.0, None, 1.0, F32)
-  logp, entropy, _ = policy_loss.token_logps(*args, kept, form, 2)
+  logp, entropy, *_ = policy_loss.token_logps(*args, kept, xla(form, 2))
   np.testing.assert_allclose(logp, np.log([4 / 5, 1, 1 / 8]), atol=1e-6)
   both = math.log(5) - 0.8 * math.log(4)
   np.testing.assert_allclose(entropy, [both, 0, 1.75 * math.log(2)], atol=1e-6)
@@ -157,7 +162,7 @@ def test_kept_ids_equal_the_materialised_twin(name):
   got = fused(*args, loss_fn, form, rows, kept)
   assert_close(got, reference(*args, loss_fn, form, kept), 1e-5)
   want = oracle.scores(*args[:2], args[3], *form[:3], kept_MK=kept['kept'])
-  got = policy_loss.token_logps(*args[:4], kept, form, rows)
+  got = policy_loss.token_logps(*args[:4], kept, xla(form, rows))
   np.testing.assert_allclose(got[:2], want, atol=2e-6)
 
 
@@ -211,7 +216,8 @@ def test_chunk_size_changes_rounding_alone():
 def test_a_cotangent_scales_both_gradients():
   hidden, head, bias, targets, aux = inputs(5, 4, 6)
   form = (1.0, None, 1.0, F32)
-  loss = lambda *a: -2.5 * policy_loss.token_loss(*a, bias, targets, {}, aux, loss_fn, form, 2)[0]
+  run = functools.partial(policy_loss.fused_policy_loss, fn=loss_fn, spec=xla(form, 2))
+  loss = lambda *a: -2.5 * run(*a, bias, targets, {}, aux)[0]
   scaled = jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head)
   _, grads = fused(hidden, head, bias, targets, aux, loss_fn, form, 2)
   assert_close(scaled, [-2.5 * g for g in grads], 1e-6)
@@ -229,7 +235,7 @@ def arrays(compiled) -> dict[str, int]:
 def check_memory(compiled, M, D, V, rows):
   """Raises AssertionError if anything is larger than a chunk of logits or what the caller holds."""
   found = arrays(compiled)
-  assert f'{rows},{V}' in found  # a chunk of logits: we are reading the right program
+  assert f'{V},{rows}' in found  # a chunk of logits: we are reading the right program
   limit = max(rows * V, V * D, M * D)
   assert limit < M * V
   above = {shape: n for shape, n in found.items() if n > limit}
@@ -246,11 +252,11 @@ def check_memory(compiled, M, D, V, rows):
 def test_no_buffer_above_one_chunk_of_logits(M, V, dtype):
   D, rows, form = 8, 16, (1.0, None, 1.0, dtype)
   args = inputs(M, D, V)
-  score = jax.jit(policy_loss.token_logps, static_argnums=(5, 6))
+  score = jax.jit(policy_loss.token_logps, static_argnums=5)
   ids = jnp.zeros((M, 4), jnp.int32)
   for support in ({}, {'kept': ids, 'barred': ids, 'plain': jnp.zeros(M)}):
     check_memory(fused.lower(*args, loss_fn, form, rows, support).compile(), M, D, V, rows)
-    check_memory(score.lower(*args[:4], support, form, rows).compile(), M, D, V, rows)
+    check_memory(score.lower(*args[:4], support, xla(form, rows)).compile(), M, D, V, rows)
 
 
 def test_the_materialised_twin_fails_the_memory_check():
@@ -263,10 +269,10 @@ def test_the_materialised_twin_fails_the_memory_check():
 
 
 def test_scoring_does_no_gradient_work():
-  """The primal of `token_loss` outside a gradient is the scoring path: 2MDV, not 6MDV FLOPs."""
+  """The primal outside a gradient is the scoring path: 2MDV, not 6MDV FLOPs."""
   M, D, V, rows, form = 320, 8, 640, 16, (1.0, None, 1.0, F32)
   *args, aux = inputs(M, D, V)
-  run = functools.partial(policy_loss.token_loss, fn=loss_fn, form=form, rows=rows)
+  run = functools.partial(policy_loss.fused_policy_loss, fn=loss_fn, spec=xla(form, rows))
   program = jax.jit(run).lower(*args, {}, aux)
   assert program.as_text().count('dot_general') == 1
   check_memory(program.compile(), M, D, V, rows)
@@ -285,7 +291,7 @@ def test_barred_ids_and_plain_tokens_by_hand():
     'plain': jnp.array([0.0, 0.0, 1.0, 0.0]),
   }
   form = (1.0, None, 0.5, F32)
-  logp, entropy, likeliest = policy_loss.token_logps(*args, support, form, 3)
+  logp, entropy, _, likeliest = policy_loss.token_logps(*args, support, xla(form, 3))
   np.testing.assert_allclose(logp, np.log([4 / 21, 4 / 5, 2 / 7, 1]), atol=1e-6)
   assert likeliest.tolist() == [0, 1, 0, 1]
   np.testing.assert_allclose(entropy[2:], [math.log(7) - 10 / 7 * math.log(2), 0], atol=1e-6)

@@ -48,6 +48,7 @@ from reasonrl import (
 from reasonrl.algorithms import axes
 from reasonrl.configs import common
 from reasonrl.kernels import policy_loss
+from reasonrl.kernels.policy_loss import reference as twin
 
 VOCAB = 11
 EOS, LENGTH = int(records.Stop.EOS), int(records.Stop.LENGTH)
@@ -81,7 +82,7 @@ def micro_batches(grpo, experience, rows=8, adv_BT=None):
   aux = {'weight': weight_BT, 'adv': adv_BT, 'sampler_logp': experience.logp_BT}
   aux |= experience.scores
   seqs = packing.sequences(experience.tokens_BT, experience.length_B, aux)
-  return packing.pack(seqs, 8, rows, 1)[0], denominator or 1.0
+  return packing.pack(seqs, 8, rows)[0], denominator or 1.0
 
 
 def measure(grpo, experience, rows=8, adv_BT=None):
@@ -224,7 +225,7 @@ def trained_scores(temperature, row_length=16, rows=12):
   student = tiny.make_learner(model, params)
   student = dataclasses.replace(student, form=sampler.form(temperature))
   seqs = packing.sequences(out.tokens_RS, out.length_R, {'weight': out.source_RS == types.POLICY})
-  batches, where = packing.pack(seqs, row_length, rows, 1)
+  batches, where = packing.pack(seqs, row_length, rows)
   logps = [np.asarray(student.score(params, batch).logp) for batch in batches]
   return packing.unpack(logps, seqs, where, out.tokens_RS.shape)
 
@@ -249,9 +250,9 @@ def test_bug_11_truncated_sampling_biases_the_ratio():
   spec = types.Spec(1.0, 2, 1.0, 0.0, 2, (0,), ())
   token, logp, weight_BV = drawing.draw(z, jnp.array([0.9]), spec)
   kept_BK, _ = drawing.kept_ids(weight_BV, 2)
-  form = (1.0, None, 1.0, jnp.dtype('float32'))
-  args = z, jnp.eye(3), jnp.zeros(3), token, {'kept': kept_BK}, form, 1
-  trained = policy_loss.token_logps(*args)[0]
+  spec = policy_loss.Spec((1.0, None, 1.0, jnp.dtype('float32')), 1, 'xla', None)
+  args = z, jnp.eye(3), jnp.zeros(3), token, {'kept': kept_BK}, spec
+  trained = policy_loss.token_logps(*args).logp
   assert int(token[0]) == 1
   assert [float(logp[0]), float(trained[0])] == pytest.approx([math.log(0.3 / 0.8)] * 2)
 
@@ -267,7 +268,7 @@ def test_bug_13_positions_shifted_by_padding_or_packing():
   """TRL, OpenRLHF, NeMo: position ids counted padding. They restart in every packed sequence."""
   np.testing.assert_allclose(trained_scores(0.6, row_length=48), trained_scores(0.6), atol=1e-5)
   seqs = packing.sequences(np.ones((2, 4), np.int32), [3, 4], {'weight': np.eye(2, 4, 1)})
-  (batch,), _ = packing.pack(seqs, 8, 1, 1)
+  (batch,), _ = packing.pack(seqs, 8, 1)
   assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
 
 
@@ -466,15 +467,16 @@ def test_bug_28_correction_ignored_by_the_fused_loss(correction):
   aux = {name: jnp.asarray(x[at]) for name, x in (aux | experience.scores).items()}
   hidden = PARAMS['table'][experience.tokens_BT[at[0], at[1] - 1]]
   rest = PARAMS['head'], jnp.zeros(VOCAB), jnp.asarray(experience.tokens_BT[at]), {}, aux
-  fn, form = functools.partial(learner.weighted, grpo.token_loss), (1.0, None, 1.0, jnp.float32)
+  fn = functools.partial(learner.weighted, grpo.token_loss)
+  spec = policy_loss.Spec((1.0, None, 1.0, jnp.dtype('float32')), 64, 'xla', None)
 
-  def value_and_grad(op, *static):
-    return jax.value_and_grad(lambda h: op(h, *rest, fn, form, *static)[0])(hidden)
+  def value_and_grad(op, how):
+    return jax.value_and_grad(lambda h: op(h, *rest, fn, how)[0])(hidden)
 
   with jax.disable_jit():
-    fused, grad = value_and_grad(policy_loss.token_loss, 64)
-    reference, want = value_and_grad(policy_loss.token_loss_ref)
-  assert float(fused) == pytest.approx(float(reference), rel=1e-5)
+    fused, grad = value_and_grad(policy_loss.fused_policy_loss, spec)
+    expected, want = value_and_grad(twin.policy_loss, spec.form)
+  assert float(fused) == pytest.approx(float(expected), rel=1e-5)
   np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-6)
   without, _ = measure(dataclasses.replace(grpo, importance_correction='none'), experience)
   assert abs(float(fused) / experience.mask_BT.sum() - without['loss']) > 1e-3

@@ -232,7 +232,7 @@ def test_a_thought_ends_with_its_tag_and_not_before_it_has_begun(close, least):
   gaps = []
   for aux in ({'weight': mask, 'barred': barred}, {'weight': mask}):
     seqs = packing.sequences(out.tokens_RS, out.length_R, aux)
-    batches, where = packing.pack(seqs, 32, 8, 1)
+    batches, where = packing.pack(seqs, 32, 8)
     logps = [np.asarray(student.score(params, batch).logp) for batch in batches]
     gaps.append(np.abs(packing.unpack(logps, seqs, where, mask.shape) - out.logp_RS).max())
   assert gaps[0] < 1e-5 and gaps[1] > 0.05
@@ -256,7 +256,7 @@ def test_texts_beside_rollouts_are_a_sum_of_two_losses():
   )
 
   def gradient(student, seqs, denominators):
-    batches, _ = packing.pack(seqs, 8, 2, 1)
+    batches, _ = packing.pack(seqs, 8, 2)
     grads, loss, reports = student.gradients(params, batches, denominators)
     return float(loss), jax.device_get(grads), jax.device_get(reports)
 

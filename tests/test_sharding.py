@@ -200,6 +200,7 @@ def make_learner(model, mesh):
     terms=(learner.Term(learner.nll, None, 'weight'),),
     form=(1.0, None, 1.0, jnp.dtype('float32')),
     forbidden=(0,),
+    loss_backend='auto',
     loss_chunk=8,
   )
 
@@ -215,7 +216,7 @@ def trained(name):
   weight_BT = np.ones((20, 16), np.float32)
   weight_BT[:, :2] = 0
   seqs = packing.sequences(tokens_BT, length_B, {'weight': weight_BT})
-  batches, _ = packing.pack(seqs, 16, 8, 2)
+  batches, _ = packing.pack(seqs, 16, 8)
   assert len(batches) > 1
   state = student.init(random_params(model))
   placed = sharding.put_rows(batches[0], mesh)

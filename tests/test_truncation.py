@@ -17,7 +17,7 @@ import tiny
 from test_learner import assert_trees_close, gradient, hidden_of
 
 from reasonrl import learner, packing, sampling, sharding, types
-from reasonrl.kernels import policy_loss
+from reasonrl.kernels.policy_loss import reference as twin
 
 MODEL = tiny.model()
 FORBIDDEN = (0, 4)
@@ -81,7 +81,7 @@ def rows(samples, kept=True, **scores):
 def score(student, params, samples, kept=True):
   """logp_RS and entropy_RS of the sampled tokens."""
   seqs = rows(samples, kept)
-  batches, where = packing.pack(seqs, 40, 4, 1)
+  batches, where = packing.pack(seqs, 40, 4)
   outs = jax.device_get([student.score(params, batch) for batch in batches])
   shape = samples.tokens_RS.shape
   return [packing.unpack([x[i] for x in outs], seqs, where, shape) for i in (0, 1)]
@@ -121,7 +121,7 @@ def test_sampler_and_scorer_agree(how, temperature):
 
 def update(student, params, samples, old_RS):
   """Parameters after one step on the samples, and its metrics."""
-  batches, _ = packing.pack(rows(samples, old_logp=old_RS, ref_logp=old_RS), 40, 4, 1)
+  batches, _ = packing.pack(rows(samples, old_logp=old_RS, ref_logp=old_RS), 40, 4)
   tokens = (samples.source_RS == types.POLICY).sum()
   state, reports = student.update(student.init(jax.tree.map(jnp.copy, params)), batches, (tokens,))
   return state.params, learner.reduce_reports(reports)
@@ -163,7 +163,7 @@ def reference(samples, scores, temperature):
     target_M = samples.tokens_RS[policy]
     support = {'kept': jnp.asarray(samples.kept_RSK[policy])}
     args = (hidden_MD, MODEL.head(params), bias_V, target_M, support, aux, fn, form)
-    return policy_loss.token_loss_ref(*args)[0] / policy.sum()
+    return twin.policy_loss(*args)[0] / policy.sum()
 
   return jax.device_get(jax.jit(jax.value_and_grad(loss))(PARAMS))
 
@@ -188,7 +188,7 @@ def test_loss_and_gradient_do_not_depend_on_the_slicing():
   }
   for way, (chosen, row_length, per_batch, mesh) in ways.items():
     _, student = make(temperature, mesh)
-    batches, _ = packing.pack(chosen, row_length, per_batch, MESHES[mesh].shape['tensor'])
+    batches, _ = packing.pack(chosen, row_length, per_batch)
     batches = [sharding.put_rows(batch, MESHES[mesh]) for batch in batches]
     params = student.init(jax.tree.map(jnp.copy, PARAMS)).params
     tokens = (samples.source_RS == types.POLICY).sum()

@@ -42,6 +42,7 @@ def make_learner(policy, params, *terms, steps=10, ema_decay=None, **changes) ->
     terms=terms or (learner.Term(learner.nll, None, 'weight'),),
     form=(1.0, None, 1.0, jnp.dtype('float32')),
     forbidden=(),
+    loss_backend='auto',
     loss_chunk=16,
   )
 

@@ -104,7 +104,8 @@ def main(_) -> None:
       terms=(learner.Term(algorithm.token_loss, algorithm.prepare, 'weight'),),
       form=sampler.form(1.0),
       forbidden=(0,),
-      loss_chunk=512,
+      loss_backend='auto',
+      loss_chunk=0,
     )
     states[name] = learners[name].init(jax.tree.map(jnp.copy, params))
 
@@ -118,7 +119,7 @@ def main(_) -> None:
       aux = {'weight': weight_BT, 'adv': algorithm.advantages(experience)}
       aux |= {'sampler_logp': experience.logp_BT, **experience.scores}
       seqs = packing.sequences(experience.tokens_BT, experience.length_B, aux)
-      batches, _ = packing.pack(seqs, 128, 8, 1)
+      batches, _ = packing.pack(seqs, 128, 8)
       middle = time.perf_counter()
       states[name], reports = learners[name].update(states[name], batches, (denominator or 1.0,))
       learner.reduce_reports(reports)

@@ -64,7 +64,8 @@ def main(_) -> None:
     terms=(learner.Term(learner.nll, None, 'weight'),),
     form=sampler.form(1.0),
     forbidden=(0,),
-    loss_chunk=512,
+    loss_backend='auto',
+    loss_chunk=0,
   )
   state = student.init(params)
   row_length = 128 if not large else 256
@@ -76,7 +77,7 @@ def main(_) -> None:
     weight = (out.source_RS == types.POLICY).astype(np.float32)
     aux = {'weight': weight} | ({} if out.kept_RSK is None else {'kept': out.kept_RSK})
     seqs = packing.sequences(out.tokens_RS, out.length_R, aux)
-    batches, _ = packing.pack(seqs, row_length, 8, 1)
+    batches, _ = packing.pack(seqs, row_length, 8)
     state, reports = student.update(state, batches, (weight.sum(),))
     learner.reduce_reports(reports)
     end = time.perf_counter()

@@ -297,6 +297,12 @@ class Decoder:
     holder = params['embed'] if self.tied_embeddings else params['heads']['lm']
     return holder['weight']
 
+  def with_head(self, tree, head_VD):
+    """A tree of the parameters' structure with this in the place of the output matrix."""
+    if self.tied_embeddings:
+      return tree | {'embed': tree['embed'] | {'weight': head_VD}}
+    return tree | {'heads': tree['heads'] | {'lm': {'weight': head_VD}}}
+
   def init_cache(self, rows: int, size: int):
     """Zeroed keys and values: ([B,K,S,C], [B,K,S,C]) per layer; stacked on axis 0 if scanned."""
     shape = (rows, self.num_kv_heads, size, self.head_dim)
