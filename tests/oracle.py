@@ -39,6 +39,37 @@ def scores(
   return np.array(logp_M), np.array(entropy_M)
 
 
+def score_gradients(
+  hidden_MD,
+  head_VD,
+  targets_M,
+  slope_logp_M,
+  slope_entropy_M,
+  scale,
+  softcap,
+  temperature_M,
+  bias_V,
+):
+  """Of sum_m slope_logp_m logp_m + slope_entropy_m entropy_m, by hidden states and head."""
+  hidden_MD, head_VD = np.float64(hidden_MD), np.float64(head_VD)
+  dhidden_MD, dhead_VD = np.zeros(hidden_MD.shape), np.zeros(head_VD.shape)
+  for m, target in enumerate(np.asarray(targets_M)):
+    raw_V = scale * (head_VD @ hidden_MD[m])
+    capped_V = raw_V if softcap is None else softcap * np.tanh(raw_V / softcap)
+    z_V = (capped_V + np.float64(bias_V)) / float(temperature_M[m])
+    logp_V = z_V - z_V.max() - np.log(np.exp(z_V - z_V.max()).sum())
+    p_V = np.exp(logp_V)
+    entropy = -(p_V * logp_V).sum()
+    dz_V = float(slope_logp_M[m]) * ((np.arange(len(p_V)) == target) - p_V)
+    dz_V -= float(slope_entropy_M[m]) * p_V * (logp_V + entropy)
+    draw_V = dz_V * scale / float(temperature_M[m])
+    if softcap is not None:
+      draw_V *= 1 - (capped_V / softcap) ** 2
+    dhidden_MD[m] = draw_V @ head_VD
+    dhead_VD += np.outer(draw_V, hidden_MD[m])
+  return dhidden_MD, dhead_VD
+
+
 def rotary_frequency(cfg, i, window):
   """Radians per position of pair i in a layer with this window; `cfg` is read as plain data."""
   C, L, factor = cfg.head_dim, cfg.rope_original_max_position, cfg.rope_factor

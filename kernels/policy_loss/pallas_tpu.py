@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from reasonrl.kernels.policy_loss import softmax
 
 SUPPORT = {'plain'}
-ROW_MULTIPLE = 256
+ROW_MULTIPLE = 512  # rows per iteration of the backward kernel's loop
 TIE = 1e-5  # the target's logit is summed in another order than the maximum
 
 SUBLANES = 8
@@ -34,7 +34,6 @@ SLAB = 256  # rows whose logits are worked on at a time: the width of the v6e ma
 STRIP = 256  # and vocabulary entries, in the forward kernel
 TILE = 512  # vocabulary entries per grid step
 BLOCK = 1024  # rows per grid step of the forward kernel: a tile of W is read once for all of them
-UNROLLED = 512  # rows per iteration of the backward kernel's loop
 VMEM = 100 * 2**20  # of the 128 MiB of v5e and v6e; the rest is the compiler's
 OUTSIDE = softmax.OUTSIDE
 INTERPRET = False  # or InterpretParams, to run without a TPU
@@ -69,7 +68,7 @@ def forward(weights, hidden_RD, targets_R, support, form, keep: bool):
     temperature_R = jnp.where(support['plain'] > 0, 1.0, temperature_R)
   unit_R = LOG2E / temperature_R
   (R, D), V, tile = x_RD.shape, head_VD.shape[0], _tile(head_VD.shape[0])
-  block = next(n for n in (BLOCK, 512, 256) if R % n == 0)
+  block = BLOCK if R % BLOCK == 0 else ROW_MULTIPLE
   tiles = special.size
   numbers = pl.BlockSpec((SUBLANES, block), lambda i, j, _: (0, i))
   sums = jax.ShapeDtypeStruct((SUBLANES, R), jnp.float32)
@@ -262,7 +261,8 @@ def _backward_kernel(
   def rows_of(step, _):
     # The next slab's dz is made while the matrix unit is busy with this one.
     slabs = [
-      pl.ds(pl.multiple_of(step * unrolled + c, SLAB), SLAB) for c in range(0, unrolled, SLAB)
+      pl.ds(pl.multiple_of(step * ROW_MULTIPLE + c, SLAB), SLAB)
+      for c in range(0, ROW_MULTIPLE, SLAB)
     ]
     dz = dz_of(slabs[0])
     for n, rows in enumerate(slabs):
@@ -272,5 +272,4 @@ def _backward_kernel(
       dz = following
     return 0
 
-  unrolled = UNROLLED if R % UNROLLED == 0 else SLAB
-  jax.lax.fori_loop(0, R // unrolled, rows_of, 0)
+  jax.lax.fori_loop(0, R // ROW_MULTIPLE, rows_of, 0)

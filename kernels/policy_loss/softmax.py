@@ -30,7 +30,7 @@ class Slopes(NamedTuple):
 def merge(sums: Sums, top, add) -> Sums:
   """The sums of all parts. top, add: reduce an array of what the parts hold."""
   m = top(sums.top)
-  shift = sums.top - m
+  shift = sums.top - jnp.broadcast_to(m, sums.top.shape)
   weight = jnp.exp(shift)
   total, moment = add((weight * sums.total, weight * (sums.moment + shift * sums.total)))
   return Sums(m, total, moment)
