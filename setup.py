@@ -41,6 +41,13 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.7.2'],
     'cuda': ['jax[cuda12]>=0.7.2'],  # runs on older drivers than cuda13 does
+    # The compilers without the devices: see experiments/ahead_of_time.py.
+    'tpu-aot': ['jax[tpu]>=0.11.2'],
+    'gpu-aot': [
+      'jax-cuda12-pjrt>=0.11.2',
+      'jax-cuda12-plugin>=0.11.2',
+      'nvidia-cuda-nvcc-cu12',
+    ],
     'hf': ['tokenizers>=0.22', 'gguf>=0.19', 'safetensors>=0.5'],
     'gym': ['reasoning-gym>=0.1.25'],
     'sweep': ['optuna>=4'],

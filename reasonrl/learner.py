@@ -145,10 +145,7 @@ class Learner:
 
     hidden_MD, pull = jax.vjp(lambda params: self._hidden(params, batch), params)
     targets_M, support, aux = self._targets(batch)
-    aux['terms'] = tuple(
-      aux[term.weight] / denominator
-      for term, denominator in zip(self.terms, denominators, strict=True)
-    )
+    aux['shares'] = tuple(jnp.full(targets_M.shape, 1.0 / d) for d in denominators)
     (loss, metrics), (dhidden_MD, dhead_VD) = ops.policy_loss_and_grads(
       hidden_MD,
       self.model.head(params),
@@ -250,11 +247,12 @@ def global_norm(tree) -> jax.Array:
 def total(terms, logp, entropy, aux):
   """The sum of all terms, each weighted; metrics of the first, and what each other term adds.
 
-  aux['terms']: for every term its weights, divided by its denominator.
+  aux['shares']: for every term 1 / its denominator, an array like all others.
   """
   loss, metrics = 0.0, {}
-  for n, (term, weight_M) in enumerate(zip(terms, aux['terms'], strict=True)):
-    part, said = weighted(term.token_loss, logp, entropy, aux | {'weight': weight_M})
+  for n, (term, share) in enumerate(zip(terms, aux['shares'], strict=True)):
+    part, said = weighted(term.token_loss, logp, entropy, aux | {'weight': aux[term.weight]})
+    part = share * part
     loss = loss + part
     metrics |= {f'loss/{term.weight}': part} if n else said
   return loss, metrics
