@@ -14,6 +14,7 @@ import pytest
 
 from reasonrl.kernels import policy_loss
 from reasonrl.kernels.policy_loss import reference as twin
+from reasonrl.kernels.policy_loss import xla as xla_backend
 
 F32, BF16 = jnp.dtype('float32'), jnp.dtype('bfloat16')
 CASES = {name: rest for name, *rest in policy_loss.cases()}
@@ -232,16 +233,18 @@ def arrays(compiled) -> dict[str, int]:
   return {shape: math.prod(map(int, shape.split(','))) for shape in shapes}
 
 
-def check_memory(compiled, M, D, V, rows):
-  """Raises AssertionError if anything is larger than a chunk of logits or what the caller holds."""
-  found = arrays(compiled)
-  assert f'{V},{rows}' in found  # a chunk of logits: we are reading the right program
-  limit = max(rows * V, V * D, M * D)
+def check_memory(compiled, M, D, V, rows, scores=False):
+  """Raises AssertionError if anything is larger than a chunk of logits or what the caller holds;
+  of a program that only scores, than a tile of them."""
+  found, words = arrays(compiled), xla_backend.TILE * rows if scores else V
+  assert f'{words},{rows}' in found  # logits: we are reading the right program
+  limit = max(words * rows, V * D, M * D)
   assert limit < M * V
   above = {shape: n for shape, n in found.items() if n > limit}
   assert not above, f'larger than {limit} elements: {above}'
-  # A few chunks (logits, probabilities, their gradient) and [V, D] sums; not a function of M * V.
-  allowed = 4 * (5 * rows * V + 4 * V * D + 8 * M * D + 64 * M) + 4096
+  # The logits, tiles of what follows from them, and [V, D] sums; not a function of M * V.
+  tile = xla_backend.TILE * rows * rows
+  allowed = 4 * (words * rows + 5 * tile + 4 * V * D + 8 * M * D + 64 * M) + 4096
   temporary = compiled.memory_analysis().temp_size_in_bytes
   assert temporary < allowed, f'{temporary} bytes of temporaries, {allowed} allowed'
 
@@ -256,7 +259,8 @@ def test_no_buffer_above_one_chunk_of_logits(M, V, dtype):
   ids = jnp.zeros((M, 4), jnp.int32)
   for support in ({}, {'kept': ids, 'barred': ids, 'plain': jnp.zeros(M)}):
     check_memory(fused.lower(*args, loss_fn, form, rows, support).compile(), M, D, V, rows)
-    check_memory(score.lower(*args[:4], support, xla(form, rows)).compile(), M, D, V, rows)
+    compiled = score.lower(*args[:4], support, xla(form, rows)).compile()
+    check_memory(compiled, M, D, V, rows, scores=True)
 
 
 def test_the_materialised_twin_fails_the_memory_check():
@@ -275,7 +279,7 @@ def test_scoring_does_no_gradient_work():
   run = functools.partial(policy_loss.fused_policy_loss, fn=loss_fn, spec=xla(form, rows))
   program = jax.jit(run).lower(*args, {}, aux)
   assert program.as_text().count('dot_general') == 1
-  check_memory(program.compile(), M, D, V, rows)
+  check_memory(program.compile(), M, D, V, rows, scores=True)
   gradient = fused.lower(*args, aux, loss_fn, form, rows).as_text()
   assert gradient.count('dot_general') == 3
 

@@ -290,7 +290,7 @@ def test_no_program_holds_the_logits_of_a_text(vocab, rows):
   update = learner.Learner.accumulate.lower(student, shapes, shapes, batch, (jnp.float32(1.0),) * 2)
   test_policy_loss.check_memory(update.compile(), *sizes)
   test_policy_loss.check_memory(
-    learner.Learner.score.lower(student, shapes, batch).compile(), *sizes
+    learner.Learner.score.lower(student, shapes, batch).compile(), *sizes, scores=True
   )
   sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), ())
   spec = types.Spec(

@@ -1,7 +1,9 @@
-"""The portable back end: logits of a chunk as [V, R], three products, the rest fused by XLA.
+"""The portable back end: XLA's products and loops, over tiles of the vocabulary.
 
-The vocabulary comes first because the sums then run over the leading axis, which vectorises on
-CPUs, and because both products of the gradient read dz_VR as it lies.
+Logits lie as [V, R]: sums then run over the leading axis, which vectorises on CPUs, and the product
+that makes the gradient of the head reads dz_VR as it lies. A tile is small enough to stay near the
+cores of a CPU between the product that makes it and what reads it; the logits of the whole chunk
+are kept only if a gradient will want them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from reasonrl.kernels.policy_loss import softmax
 SUPPORT = {'kept', 'barred', 'plain'}
 ROW_MULTIPLE = 1
 TIE = 0.0  # the target's logit is one of those that the maximum is of
+TILE = 4  # words per tile and row of a chunk
 
 
 def most_rows(rows: int, D: int, form) -> int:
@@ -30,31 +33,99 @@ def weights(head_VD, bias_V, form):
 
 def forward(weights, hidden_RD, targets_R, support, form, keep: bool):
   """Sums [R], the target's logit [R] (0 where another device has it), and what `backward` reads."""
-  z_VR, slope = _logits(weights, hidden_RD, support, form)
-  top = z_VR.max(axis=0)
-  # Three loops over z_VR: XLA's CPU compiler does not vectorise sums that share one.
-  total = jnp.exp(z_VR - top[None]).sum(axis=0)
-  gap_VR = jax.lax.optimization_barrier(z_VR) - top[None]
-  moment = (jnp.exp(gap_VR) * gap_VR).sum(axis=0)
-  V = z_VR.shape[0]
-  z_target = jnp.take_along_axis(z_VR, jnp.minimum(targets_R, V - 1)[None], axis=0)[0]
-  z_target = jnp.where(targets_R < V, z_target, 0.0)
-  return softmax.Sums(top, total, moment), z_target, (z_VR, slope) if keep else None
+  (head_VD, bias_V), R, V = weights, targets_R.shape[0], weights[0].shape[0]
+  hidden_RD = hidden_RD.astype(form[3])
+  rows, zeros = jnp.arange(R), jnp.zeros(R, jnp.float32)
+
+  def tile(start, size, carry):
+    sums, z_target, kept_VR = carry
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
+    z = _logits(part(head_VD), part(bias_V), hidden_RD, start, support, form)
+    top = jnp.maximum(sums.top, z.max(axis=0))
+    shift, gap = sums.top - top, z - top[None]
+    weight, e = jnp.exp(shift), jnp.exp(gap)
+    moment = weight * (sums.moment + shift * sums.total) + (e * gap).sum(axis=0)
+    sums = softmax.Sums(top, weight * sums.total + e.sum(axis=0), moment)
+    own, inside = _own(targets_R, start, size)
+    z_target = z_target + jnp.where(inside, z[jnp.minimum(own, size - 1), rows], 0.0)
+    if keep:
+      kept_VR = jax.lax.dynamic_update_slice_in_dim(kept_VR, z, start, 0)
+    return sums, z_target, kept_VR
+
+  start = softmax.Sums(zeros + softmax.OUTSIDE, zeros, zeros)
+  kept_VR = jnp.zeros((V, R), jnp.float32) if keep else None
+  return _over_tiles(tile, V, R, (start, zeros, kept_VR))
 
 
-def backward(weights, saved, hidden_RD, targets_R, support, slopes, dhead_VD, form):
+def backward(weights, z_VR, hidden_RD, targets_R, support, slopes, dhead_VD, form):
   """dhidden_RD (of this part of the vocabulary), and dhead_VD with this chunk's share added."""
-  del support
-  (head_VD, _), (z_VR, slope), (scale, _, _, compute_dtype) = weights, saved, form
-  hit_VR = jnp.arange(z_VR.shape[0])[:, None] == targets_R[None]
-  dz_VR = softmax.dlogits(jax.lax.optimization_barrier(z_VR), hit_VR, slopes, 0) * (slope * scale)
-  dz_VR = dz_VR.astype(compute_dtype)
-  dhead_VD = dhead_VD + dense.contract(dz_VR, hidden_RD, (1, 0), compute_dtype)
-  # On a CPU, bf16 products over the leading axis of both operands are slow or do not exist: there
-  # the head is transposed for real, once, because the loop does not change it.
-  head_DV = _lying_as_written(head_VD.T)
-  dhidden_DR = _lying_as_written(dense.contract(head_DV, dz_VR, (1, 0), compute_dtype))
-  return dhidden_DR.T, dhead_VD
+  (head_VD, bias_V), (scale, softcap, _, compute_dtype) = weights, form
+  V, R = z_VR.shape
+  hidden_RD = hidden_RD.astype(compute_dtype)
+  temperature_R = _temperature(support, form, R)
+
+  def tile(start, size, carry):
+    dhidden_RD, dhead_VD = carry
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
+    z = part(z_VR)
+    hit = jnp.arange(size)[:, None] == _own(targets_R, start, size)[0][None]
+    dz = softmax.dlogits(z, hit, slopes, 0) * (scale / temperature_R)[None]
+    if softcap is not None:
+      capped = z * temperature_R[None] - part(bias_V)[:, None]
+      dz = dz * (1.0 - jnp.clip(capped / softcap, -1.0, 1.0) ** 2)
+    dz = dz.astype(compute_dtype)
+    more = part(dhead_VD) + dense.contract(dz, hidden_RD, (1, 0), compute_dtype)
+    dhead_VD = jax.lax.dynamic_update_slice_in_dim(dhead_VD, more, start, 0)
+    # In bfloat16, products over both leading axes are slow on a CPU or do not exist.
+    dz_RV = _lying_as_written(dz.T)
+    dhidden_RD = dhidden_RD + dense.contract(dz_RV, part(head_VD), (1, 0), compute_dtype)
+    return dhidden_RD, dhead_VD
+
+  dhidden_RD = jnp.zeros((R, head_VD.shape[1]), jnp.float32)
+  return _over_tiles(tile, V, R, (dhidden_RD, dhead_VD))
+
+
+def _over_tiles(tile, V, R, carry):
+  """carry -> tile(first word, number of words, carry), for all words in order."""
+  size = min(TILE * R, V)
+  step = lambda i, carry: tile(i * size, size, carry)
+  carry = jax.lax.fori_loop(0, V // size, step, carry)
+  return tile(V - V % size, V % size, carry) if V % size else carry
+
+
+def _logits(head_VD, bias_V, hidden_RD, start, support, form):
+  """z_VR of the words from `start` on, on the support of each token."""
+  scale, softcap, _, compute_dtype = form
+  z_VR = dense.contract(head_VD, hidden_RD, (1, 1), compute_dtype) * scale
+  z_VR = softmax.cap(z_VR, softcap) + bias_V[:, None]
+  z_VR = z_VR / _temperature(support, form, hidden_RD.shape[0])[None]
+  if 'barred' in support:
+    z_VR = jnp.where(_holds(support['barred'], start, z_VR.shape), -1e9, z_VR)
+  if 'kept' in support:  # a token without any keeps all of them
+    whole_R = jnp.all(support['kept'] < 0, axis=1)
+    z_VR = jnp.where(_holds(support['kept'], start, z_VR.shape) | whole_R[None], z_VR, -1e9)
+  return z_VR
+
+
+def _temperature(support, form, R):
+  temperature_R = jnp.full(R, form[2], jnp.float32)
+  if 'plain' in support:
+    temperature_R = jnp.where(support['plain'] > 0, 1.0, temperature_R)
+  return temperature_R
+
+
+def _own(ids, start, size):
+  """Ids as rows of a tile, `size` where they are none of it; and whether they are."""
+  own = ids - start
+  inside = (own >= 0) & (own < size)
+  return jnp.where(inside, own, size), inside
+
+
+def _holds(id_RK, start, shape):
+  """bool [V, R]: the ids of each row among the words of a tile, -1 = none."""
+  own_RK, _ = _own(jnp.where(id_RK < 0, start + shape[0], id_RK), start, shape[0])
+  # What is none of the tile lies outside of the array, which drops the write.
+  return jnp.zeros(shape, bool).at[own_RK, jnp.arange(shape[1])[:, None]].set(True, mode='drop')
 
 
 def _lying_as_written(x):
@@ -63,26 +134,3 @@ def _lying_as_written(x):
   return jax.lax.platform_dependent(
     x, cpu=lambda x: layout.with_layout_constraint(x, major_to_minor), default=lambda x: x
   )
-
-
-def _logits(weights, hidden_RD, support, form):
-  """z_VR on the support of each token, and its derivative by scale * h . W there."""
-  (head_VD, bias_V), (scale, softcap, temperature, compute_dtype) = weights, form
-  z_VR = dense.contract(head_VD, hidden_RD, (1, 1), compute_dtype) * scale
-  z_VR = softmax.cap(z_VR, softcap)
-  slope = 1.0 if softcap is None else 1.0 - (z_VR / softcap) ** 2
-  if 'plain' in support:
-    temperature = jnp.where(support['plain'][None, :] > 0, 1.0, temperature)
-  z_VR = (z_VR + bias_V[:, None]) / temperature
-  if 'barred' in support:
-    z_VR = jnp.where(_holds(support['barred'], z_VR.shape), -1e9, z_VR)
-  if 'kept' in support:  # a token without any keeps all of them
-    whole_R = jnp.all(support['kept'] < 0, axis=1)
-    z_VR = jnp.where(_holds(support['kept'], z_VR.shape) | whole_R[None], z_VR, -1e9)
-  return z_VR, slope / temperature
-
-
-def _holds(id_RK, shape):
-  """bool [V, R]: the ids of each row, -1 = none."""
-  id_RK = jnp.where(id_RK < 0, shape[0], id_RK)  # outside of the array, which drops the write
-  return jnp.zeros(shape, bool).at[id_RK, jnp.arange(shape[1])[:, None]].set(True, mode='drop')
