@@ -4,7 +4,7 @@
 
 over the s <= t of t's segment, at most window - 1 tokens back. No [T, T] array leaves the chip:
 
-  splash  TPU: JAX's splash attention (arXiv 2205.14135 on sparse masks), with segment ids, softcap
+  splash  TPU: JAX's splash attention (arXiv 2205.14135, sparse masks), with segment ids, softcap
           and a backward kernel. Rows are padded to its blocks.
   cudnn   GPU: cuDNN's flash attention through JAX; bfloat16, no softcap. Segments become a mask.
   xla     everywhere: `attention`, which holds the weights [B, H, T, T].
@@ -96,7 +96,8 @@ def _splash_kernel(G: int, T: int, window, softcap):
     block_q_dkv=block,
     block_kv_dkv=block,
     block_kv_dkv_compute=block,
-    use_fused_bwd_kernel=True,
+    block_q_dq=block,  # a kernel of its own: fused, dq would come in T / block parts
+    block_kv_dq=block,
   )
   return splash.make_splash_mqa_single_device(
     masks.MultiHeadMask([mask] * G),

@@ -217,7 +217,7 @@ class Learner:
   def _hidden(self, params, batch):
     """The hidden state before each scored token, [M, D]."""
     hidden_BTD, _ = self.model.hidden(
-      params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None
+      params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, mesh=self.mesh
     )
     hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.index_BM[:, :, None] - 1, axis=1)
     return hidden_BMD.reshape(-1, hidden_BMD.shape[-1])

@@ -17,6 +17,7 @@ from reasonrl import types
 from reasonrl.kernels import attention as attention_kernel
 from reasonrl.kernels import dense as dense_kernel
 from reasonrl.kernels import policy_loss
+from reasonrl.kernels import self_attention as self_attention_kernel
 
 dense = dense_kernel.dense
 attention = attention_kernel.attention
@@ -31,6 +32,39 @@ ROWS = {'cpu': 512, 'tpu': 2048, 'gpu': 4096}
 def forbid(vocab_size: int, ids) -> jax.Array:
   """bias_V, float32: -1e9 on forbidden ids, 0 elsewhere. One for sampler and scorer alike."""
   return jnp.zeros(vocab_size, jnp.float32).at[np.asarray(ids, np.int32)].set(-1e9)
+
+
+def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, mesh: Mesh | None):
+  """Causal attention within the segments of rows: see `kernels.self_attention`.
+
+  On a mesh, rows are split over data and fsdp, and heads over tensor where it divides them.
+  """
+  devices = np.array(jax.devices()[:1]) if mesh is None else mesh.devices
+  backend = attention_backend(devices.flat[0], q_BHTC, softcap)
+
+  def run(q_BHTC, k_BKTC, v_BKTC, segments_BT):
+    return self_attention_kernel.self_attention(
+      q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, backend
+    )
+
+  # What is no kernel the compiler splits itself.
+  if backend == 'xla' or mesh is None or mesh.size == 1:
+    return run(q_BHTC, k_BKTC, v_BKTC, segments_BT)
+  heads = 'tensor' if k_BKTC.shape[1] % mesh.shape['tensor'] == 0 else None
+  rows = PartitionSpec(types.ROWS[0], heads)
+  return jax.shard_map(
+    run, mesh=mesh, in_specs=(rows, rows, rows, types.ROWS), out_specs=rows, check_vma=False
+  )(q_BHTC, k_BKTC, v_BKTC, segments_BT)
+
+
+def attention_backend(device, q_BHTC, softcap) -> str:
+  """Of `kernels.self_attention`: the platform's own kernel where it can do this."""
+  if device.platform == 'tpu':
+    return 'splash'
+  if device.platform == 'gpu' and q_BHTC.dtype == jnp.bfloat16 and softcap is None:
+    ampere = float(device.compute_capability) >= 8.0
+    return 'cudnn' if ampere and q_BHTC.shape[-1] <= 128 and q_BHTC.shape[-1] % 8 == 0 else 'xla'
+  return 'xla'
 
 
 def loss_spec(backend: str, rows: int, form, support, mesh: Mesh) -> policy_loss.Spec:

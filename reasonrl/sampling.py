@@ -125,8 +125,9 @@ class Sampler:
       raise ValueError(f'prefill: {T} tokens do not fit a cache of {slots} slots')
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     segments = (positions < length_B[:, None]).astype(jnp.int32)
+    empty = self.model.init_cache(B, slots)
     _, cache = self.model.hidden(
-      params, tokens_BT, positions, segments, self.model.init_cache(B, slots)
+      params, tokens_BT, positions, segments, empty, mesh=self.mesh, fresh=True
     )
     tokens_BT = jnp.where(segments > 0, tokens_BT, 0)
     wide = lambda fill, dtype: jnp.full((B, slots), fill, dtype)

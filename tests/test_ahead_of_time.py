@@ -8,13 +8,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import pathlib
+import re
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
 
+from reasonrl import learner, optim, sampling, sharding, types
+from reasonrl.configs import common
 from reasonrl.experiments import ahead_of_time
 from reasonrl.kernels.policy_loss import pallas_tpu
+from reasonrl.models import decoder
 
 pytestmark = pytest.mark.aot
 
@@ -100,6 +107,59 @@ def test_the_products_run_on_the_tensor_cores():
   V, D = bench().VOCABULARY, 2048
   assert bench().run('h100', 'score', 'kernel', D, V)['wgmma']['policy_loss_scores'] > 0
   assert bench().run('h100', 'gradient', 'kernel', D, V)['wgmma']['gemm_fusion'] > 0
+
+
+@pytest.mark.parametrize('shape', [(2, 1, 2), (1, 2, 2)], ids=str)
+def test_the_update_of_a_model_on_four_chips(shape):
+  """Both kernels are in the learner's programs and in the sampler's prefill, on meshes with data,
+  fsdp and tensor axes, and nothing is as large as the scores of attention, [B, H, T, T]."""
+  needs('v5e')
+  devices = np.array(ahead_of_time.devices('v5e')).reshape(shape)
+  mesh = Mesh(devices, types.MESH_AXES)
+  config = common.model('smollm2_135m')
+  config.update(num_layers=2, compute_dtype='bfloat16')  # the second reads what the first saw
+  fields = {k: v for k, v in config.items() if k not in ('kind', 'weights')}
+  model = decoder.Decoder(**fields)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  sampler = sampling.Sampler(model, mesh, (0,))
+  student = learner.Learner(
+    model=model,
+    mesh=mesh,
+    tx=optim.build(optim.Optim(**common.optim(1e-5).to_dict()), shapes, 10),
+    ema_decay=None,
+    terms=(learner.Term(learner.nll, None, 'weight'),),
+    form=sampler.form(1.0),
+    forbidden=(0,),
+    loss_backend='auto',
+    loss_chunk=0,
+  )
+  B, T, rows = 8, 2048, NamedSharding(mesh, types.ROWS)
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+  weight = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=rows)
+  batch = types.Batch(*(array(B, T) for _ in range(4)), {'weight': weight})
+  params = student.abstract().params
+  one = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+  programs = {
+    'update': lambda: learner.Learner.accumulate.lower(student, params, params, batch, (one,)),
+    'score': lambda: learner.Learner.score.lower(student, params, batch),
+    'prefill': lambda: sampling.Sampler.prefill.lower(sampler, params, array(B, T), array(B), T),
+  }
+  kernels = {
+    'update': {'splash_mqa_fwd', 'splash_mqa_dq', 'splash_mqa_dkv', *LOSS},
+    'score': {'splash_mqa_fwd', 'policy_loss_forward'},
+    'prefill': {'splash_mqa_fwd'},
+  }
+  for name, lower in programs.items():
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      executable = lower().compile()
+    text = executable.as_text()
+    found = set(re.findall(r'%(splash_mqa_(?:fwd|dq|dkv)|policy_loss_(?:forward|backward))', text))
+    assert found == kernels[name]
+    local = B // (shape[0] * shape[1]) * T * T  # the scores of one head
+    assert max(ahead_of_time.arrays(executable).values()) < config.num_heads * local
+
+
+LOSS = ('policy_loss_forward', 'policy_loss_backward')
 
 
 def test_what_is_missing_is_said(monkeypatch):

@@ -301,7 +301,7 @@ class Bandit:
     del key
     return {'weight': jnp.zeros((3, 1))}
 
-  def hidden(self, params, tokens_BT, positions_BT, segments_BT, cache):
+  def hidden(self, params, tokens_BT, positions_BT, segments_BT, cache=None, **_):
     return jnp.ones((*tokens_BT.shape, 1)), cache
 
   def head(self, params):

@@ -230,7 +230,7 @@ class Bigram:
   vocab_size: int
   sharding_rules = ((r'.*', ()),)
 
-  def hidden(self, params, tokens_BT, positions_BT, segments_BT, cache):
+  def hidden(self, params, tokens_BT, positions_BT, segments_BT, cache=None, **_):
     return params['table'][tokens_BT], cache
 
   def head(self, params):

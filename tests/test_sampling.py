@@ -423,9 +423,9 @@ CALLS = []
 class Counting(decoder.Decoder):
   """Notes the shape of its input every time the trunk runs on the device."""
 
-  def hidden(self, params, inputs, *rest):
+  def hidden(self, params, inputs, *rest, **more):
     jax.debug.callback(functools.partial(CALLS.append, inputs.shape))
-    return super().hidden(params, inputs, *rest)
+    return super().hidden(params, inputs, *rest, **more)
 
 
 def test_one_prefill_per_prompt_and_no_step_after_the_last_row_stopped():

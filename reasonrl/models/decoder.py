@@ -39,16 +39,6 @@ def rms_norm(x, scale, eps: float, plus_one: bool):
   return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
-def visible(positions_BT, segments_BT, window: int | None):
-  """bool [B, T, T]: within a segment, not in the future, at most window - 1 tokens back."""
-  T = positions_BT.shape[1]
-  see = segments_BT[:, :, None] == segments_BT[:, None, :]
-  see &= (jnp.arange(T)[:, None] >= jnp.arange(T)[None, :])[None]
-  if window is not None:
-    see &= positions_BT[:, :, None] - positions_BT[:, None, :] < window
-  return see
-
-
 def visible_slots(positions_BT, slots: int, window: int | None):
   """bool [B, T, S] against a cache whose slot s holds the token at position s."""
   slot = jnp.arange(slots)[None, None, :]
@@ -70,17 +60,17 @@ def write_cache(cache_BKSC, new_BKTC, positions_BT, segments_BT):
 
 
 class _Block(nn.Module):
-  """One layer; `cfg` is the Decoder."""
+  """One layer; `cfg` is the Decoder, attend(q, k, v, cache) what its heads look at."""
 
   cfg: Any
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segments_BT, see_BTS, rotation, cache):
+  def __call__(self, x_BTD, positions_BT, segments_BT, attend, rotation, cache):
     cfg = self.cfg
     norm = lambda name: _Norm(cfg, cfg.width, name=name)
     h = norm('attn_norm')(x_BTD)
     attention = _Attention(cfg, name='attn')
-    h, cache = attention(h, positions_BT, segments_BT, see_BTS, rotation, cache)
+    h, cache = attention(h, positions_BT, segments_BT, attend, rotation, cache)
     x_BTD = x_BTD + (norm('post_attn_norm')(h) if cfg.post_norms else h)
     h = _Mlp(cfg, name='mlp')(norm('mlp_norm')(x_BTD))
     return x_BTD + (norm('post_mlp_norm')(h) if cfg.post_norms else h), cache
@@ -123,7 +113,7 @@ class _Attention(nn.Module):
   cfg: Any
 
   @nn.compact
-  def __call__(self, h_BTD, positions_BT, segments_BT, see_BTS, rotation, cache):
+  def __call__(self, h_BTD, positions_BT, segments_BT, attend, rotation, cache):
     cfg, (B, T, D) = self.cfg, h_BTD.shape
     H, K, C = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     linear = lambda n, name: _Linear(cfg, n * C, D, 1.0, cfg.qkv_bias, name=name)
@@ -133,14 +123,13 @@ class _Attention(nn.Module):
     if cfg.qk_norm:
       q, k = _Norm(cfg, C, name='q_norm')(q), _Norm(cfg, C, name='k_norm')(k)
     q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
-    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if cache is not None:
-      keys = write_cache(cache[0], keys, positions_BT, segments_BT)
-      values = write_cache(cache[1], values, positions_BT, segments_BT)
-      cache = (keys, values)
-    scale = C**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-    out = ops.attention(q.swapaxes(1, 2), keys, values, see_BTS, scale, cfg.attention_softcap)
-    out = out.swapaxes(1, 2).reshape(B, T, H * C)
+      cache = tuple(
+        write_cache(old, new, positions_BT, segments_BT)
+        for old, new in zip(cache, (k, v), strict=True)
+      )
+    out = attend(q, k, v, cache).swapaxes(1, 2).reshape(B, T, H * C)
     return _Linear(cfg, D, H * C, cfg.residual_init, False, name='o')(out), cache
 
 
@@ -277,12 +266,14 @@ class Decoder:
     dtype = jnp.dtype(self.param_dtype)
     keys = jax.random.split(key, self.num_layers + 2)
     x, ids = jnp.zeros((1, 1, self.width)), jnp.zeros((1, 1), jnp.int32)
-    see, rotation = jnp.ones((1, 1, 1), bool), (jnp.ones((1, 1, 1, self.head_dim // 2)),) * 2
+    attend, rotation = lambda q, k, v, cache: q, (jnp.ones((1, 1, 1, self.head_dim // 2)),) * 2
     table = lambda key, std: std * jax.random.normal(key, (self.vocab_size, self.width))
     params = {
       'embed': {'weight': table(keys[0], 0.02).astype(dtype)},
       'layers': {
-        self._layer(i): _Block(self).init(keys[i + 2], x, ids, ids, see, rotation, None)['params']
+        self._layer(i): _Block(self).init(keys[i + 2], x, ids, ids, attend, rotation, None)[
+          'params'
+        ]
         for i in range(self.num_layers)
       },
       'final_norm': _Norm(self, self.width).init(keys[0], x)['params'],
@@ -312,7 +303,9 @@ class Decoder:
     zeros = lambda: jnp.zeros(shape, dtype)
     return tuple((zeros(), zeros()) for _ in range(self.num_layers))
 
-  def hidden(self, params, inputs, positions_BT, segments_BT, cache=None):
+  def hidden(
+    self, params, inputs, positions_BT, segments_BT, cache=None, *, mesh=None, fresh=False
+  ):
     """Final hidden states.
 
     Args:
@@ -322,6 +315,8 @@ class Decoder:
       segments_BT: int32, 0 = padding. Tokens see only their own segment.
       cache: None, or what `init_cache` or an earlier call returned. With a cache a row is one
         sequence, slot s holds position s, and segment 0 is not written.
+      mesh: of the arrays; None: one device.
+      fresh: nothing is in the cache yet, so that tokens see one another alone.
 
     Returns:
       hidden_BTD (compute dtype), cache (None if none was given).
@@ -336,32 +331,39 @@ class Decoder:
 
     def kind(window):  # what the layers of one window share
       rotation = rope.rotation(positions_BT, *self._frequencies(window))
-      if cache is None:
-        return visible(positions_BT, segments_BT, window), rotation
-      slots = jax.tree.leaves(cache)[0].shape[-2]
-      return visible_slots(positions_BT, slots, window), rotation
+      slots = None if cache is None or fresh else jax.tree.leaves(cache)[0].shape[-2]
+      attend = self._attend(positions_BT, segments_BT, window, slots, mesh)
+      block = lambda weights, x, cache: _Block(self).apply(
+        {'params': weights}, x, positions_BT, segments_BT, attend, rotation, cache
+      )
+      return jax.checkpoint(block) if self.remat else block
 
     kinds = {window: kind(window) for window in {self._window(i) for i in range(self.num_layers)}}
-    block = _Block(self).apply
-    if self.remat:
-      block = jax.checkpoint(block)
     run = self._scanned if self.scan_layers else self._unrolled
-    x, cache = run(block, params['layers'], x, positions_BT, segments_BT, kinds, cache)
+    x, cache = run(kinds, params['layers'], x, cache)
     norm = params['final_norm']['scale']
     return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
 
-  def _unrolled(self, block, layers, x, positions_BT, segments_BT, kinds, cache):
+  def _attend(self, positions_BT, segments_BT, window, slots: int | None, mesh):
+    """(q, k, v, cache) -> what the heads see: their own row, or a cache of so many slots."""
+    scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+    form = (scale, self.attention_softcap)
+    if slots is None:
+      return lambda q, k, v, _: ops.self_attention(q, k, v, segments_BT, window, *form, mesh)
+    see_BTS = visible_slots(positions_BT, slots, window)
+    return lambda q, k, v, cache: ops.attention(q, *cache, see_BTS, *form)
+
+  def _unrolled(self, kinds, layers, x, cache):
     new = []
     for i in range(self.num_layers):
       old = None if cache is None else cache[i]
-      kind = kinds[self._window(i)]
-      x, kv = block({'params': layers[self._layer(i)]}, x, positions_BT, segments_BT, *kind, old)
+      x, kv = kinds[self._window(i)](layers[self._layer(i)], x, old)
       new.append(kv)
     return x, None if cache is None else tuple(new)
 
-  def _scanned(self, block, layers, x, positions_BT, segments_BT, kinds, cache):
+  def _scanned(self, kinds, layers, x, cache):
     """lax.scan over stacked layers; the cache rides in the carry (as xs/ys it would be copied)."""
-    (kind,) = kinds.values()  # one window for all: `__post_init__`
+    (block,) = kinds.values()  # one window for all: `__post_init__`
     stacked = jax.tree.map(
       lambda *leaves: jnp.stack(leaves), *(layers[self._layer(i)] for i in range(self.num_layers))
     )
@@ -372,7 +374,7 @@ class Decoder:
       old = None
       if cache is not None:
         old = tuple(jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in cache)
-      x, new = block({'params': weights}, x, positions_BT, segments_BT, *kind, old)
+      x, new = block(weights, x, old)
       if cache is not None:
         update = jax.lax.dynamic_update_index_in_dim
         cache = tuple(update(c, n, i, 0) for c, n in zip(cache, new, strict=True))
