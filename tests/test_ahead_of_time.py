@@ -28,6 +28,15 @@ pytestmark = pytest.mark.aot
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def without_cache():
+  """The cache of compiled programs wants the device that they are for."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  yield
+  jax.config.update('jax_enable_compilation_cache', before)
+
+
 @functools.cache
 def bench():
   """experiments/bench/policy_loss/ahead_of_time.py."""

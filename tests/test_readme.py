@@ -18,7 +18,7 @@ import tomllib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = sorted([ROOT / 'README.md', *ROOT.glob('experiments/*/README.md')])
+PAGES = sorted([ROOT / 'README.md', *ROOT.glob('experiments/**/README.md')])
 
 
 def commands():
@@ -58,7 +58,7 @@ def test_command(command, tmp_path):
   words = shlex.split(command)
   program, arguments = re.sub(r'^\.venv/bin/', '', words[0]), words[1:]
   if program == 'pip' or arguments[:2] == ['-m', 'pip']:
-    for extra in re.findall(r'\.\[([\w,]+)\]', command):
+    for extra in re.findall(r'\.\[([\w,-]+)\]', command):
       assert set(extra.split(',')) <= extras(), command
   elif arguments[:2] == ['-m', 'venv']:
     assert len(arguments) == 3
