@@ -53,15 +53,22 @@ def loss_fn(logp, entropy, aux):
   return -surrogate * aux['weight'], {}
 
 
+def length(M: int) -> int:
+  """Tokens per sequence: they share an advantage."""
+  return min(M, 1024)
+
+
 def inputs(M, D, V):
-  """Hidden states, head, targets, aux: float32 on the host."""
+  """Hidden states, head, targets, aux: float32 on the host; matrices of numbers that bfloat16 has,
+  so that every form sees the same."""
   rng = np.random.default_rng(0)
-  hidden = rng.standard_normal((M, D), np.float32)
-  head = rng.standard_normal((V, D), np.float32) * D**-0.5
+  rounded = lambda x: x.astype(jnp.bfloat16).astype(np.float32)
+  hidden = rounded(rng.standard_normal((M, D), np.float32))
+  head = rounded(rng.standard_normal((V, D), np.float32) * D**-0.5)
   targets = rng.integers(0, V, M).astype(np.int32)
-  logp = (hidden * head[targets]).sum(1) - np.log(V) - 0.5  # near enough that ratios are near 1
+  logp = (hidden * head[targets]).sum(1) - np.log(V) - 0.5  # about: ratios near 1
   old_logp = (logp + 0.1 * rng.standard_normal(M)).astype(np.float32)
-  adv = rng.standard_normal(M).astype(np.float32)
+  adv = rng.standard_normal(M // length(M)).astype(np.float32).repeat(length(M))
   return hidden, head, targets, {'old_logp': old_logp, 'adv': adv, 'weight': np.full(M, 1 / M)}
 
 
@@ -122,6 +129,7 @@ def timed(function, *args):
 
 
 def compare(M, D, V, dtype, mesh, best):
+  """Prints a line per form; the median time of ours, and its loss."""
   hidden, head, targets, aux = inputs(M, D, V)
   compiled, args, memory = {}, {}, {}
   for name, (function, own) in forms(dtype, mesh).items():
@@ -153,11 +161,11 @@ def compare(M, D, V, dtype, mesh, best):
       'temp_mb': round(memory[name] / 1e6, 1),
     }
     print(json.dumps(report), flush=True)
-  return statistics.median(times['fused'])
+  return statistics.median(times['fused']), float(compiled['fused'](*args['fused'])[0])
 
 
 def agree(results) -> None:
-  """Losses to a thousandth of the largest gradient step, gradients to a hundredth.
+  """Losses to a hundredth, gradients to two: bfloat16 against float32.
 
   Raises:
     AssertionError: two forms do not compute the same.
@@ -180,15 +188,13 @@ def liger(M, D, V, dtype: str, rounds: int) -> None:
   hidden, head, targets, aux = inputs(M, D, V)
   put = lambda x: torch.from_numpy(x).to(device)
   kind = getattr(torch, dtype)
-  hidden = put(hidden).to(kind)[None].requires_grad_()
+  hidden = put(hidden).to(kind).reshape(-1, length(M), D).requires_grad_()
   head = put(head).to(kind).requires_grad_()
-  # One sequence per advantage there: all tokens of ours become sequences of one token.
-  hidden = hidden.detach().reshape(M, 1, D).requires_grad_()
-  mask = torch.ones((M, 1), device=device)
-  targets, old_logp = put(targets).long()[:, None], put(aux['old_logp'])[:, None]
-  adv = put(aux['adv'])
+  rows = lambda x: put(x).reshape(-1, length(M))
+  targets, old_logp, adv = rows(targets).long(), rows(aux['old_logp']), rows(aux['adv'])[:, 0]
+  mask = torch.ones(targets.shape, device=device)
   loss_fn = LigerFusedLinearGRPOLoss(
-    beta=0.0, use_ref_model=False, chunk_size=M, loss_type='grpo', compiled=device == 'cuda'
+    beta=0.0, use_ref_model=False, loss_type='grpo', compiled=device == 'cuda'
   )
 
   def step():
@@ -227,7 +233,7 @@ def main(argv) -> None:
   print(f'{device.device_kind}, jax {jax.__version__}, peak {best / 1e12:.2f} TFLOP/s', flush=True)
   for D in map(int, WIDTHS.value):
     for M in map(int, TOKENS.value):
-      ours = compare(M, D, VOCAB.value, dtype, mesh, best)
+      ours, loss = compare(M, D, VOCAB.value, dtype, mesh, best)
       if LIGER.value:
         command = ['liger', M, D, VOCAB.value, DTYPE.value, ROUNDS.value]
         done = subprocess.run(
@@ -236,6 +242,7 @@ def main(argv) -> None:
         if done.returncode:
           raise RuntimeError('liger failed; what it said is above')
         found = json.loads(done.stdout.splitlines()[-1])
+        assert abs(found['loss'] - loss) < 1e-2 * abs(loss) + 1e-4, (found, loss)
         print(json.dumps(found | {'of_ours': round(found['ms'] / 1e3 / ours, 2)}), flush=True)
 
 
