@@ -2,11 +2,12 @@
 
     out[b,h,t] = sum_s softmax_s(cap(scale q[b,h,t] . k[b,h',s])) v[b,h',s]        h' = h // (H / K)
 
-over the s <= t of t's segment, at most window - 1 tokens back. No [T, T] array leaves the chip:
+over the s <= t of t's segment, at most window - 1 tokens back:
 
   splash  TPU: JAX's splash attention (arXiv 2205.14135, sparse masks), with segment ids, softcap
           and a backward kernel. Rows are padded to its blocks.
-  cudnn   GPU: cuDNN's flash attention through JAX; bfloat16, no softcap. Segments become a mask.
+  cudnn   GPU: cuDNN's flash attention through JAX; bfloat16, no softcap. JAX gives it segments as
+          an added mask [B, 1, T, T]. It cannot be compiled without a GPU, and was not yet run.
   xla     everywhere: `attention`, which holds the weights [B, H, T, T].
 
 Decoding against a cache is `attention` on every platform: one query per row reads the cache once.
@@ -67,13 +68,14 @@ def _xla(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
 def _splash(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
   B, H, T, C = q_BHTC.shape
   K = k_BKTC.shape[1]
-  # Rows to whole blocks, by tokens of segments that no token has; channels to what the chip loads.
+  # Rows to whole blocks, by padding; channels to what the chip loads.
   long, wide = -T % min(BLOCK, T + -T % LANES), -C % (LANES // 2)
   grow = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, long), (0, wide)))
-  segments = jnp.pad(segments_BT, ((0, 0), (0, long)), constant_values=-1)
-  q_BHTC = (q_BHTC.astype(jnp.float32) * scale).astype(q_BHTC.dtype)  # the kernel does not scale
+  segments = jnp.pad(segments_BT, ((0, 0), (0, long)))
+  # The kernel does not scale. One that is no power of two rounds q once more.
+  q_BHTC = (q_BHTC.astype(jnp.float32) * scale).astype(q_BHTC.dtype)
   q_BKGTC = grow(q_BHTC).reshape(B, K, H // K, T + long, C + wide)
-  kernel = _splash_kernel(H // K, T + long, window, softcap)
+  kernel = _splash_kernel(H // K, T + long, window, softcap, INTERPRET)
 
   def row(q_KGTC, k_KTC, v_KTC, segments_T):
     ids = splash.SegmentIds(segments_T, segments_T)
@@ -83,7 +85,8 @@ def _splash(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
   return out.reshape(B, H, T + long, C + wide)[:, :, :T, :C].astype(q_BHTC.dtype)
 
 
-def _splash_kernel(G: int, T: int, window, softcap):
+@functools.lru_cache(maxsize=16)  # sorting out which blocks of a long mask are empty takes a while
+def _splash_kernel(G: int, T: int, window, softcap, interpret: bool):
   """For G query heads that share a key head, rows of T tokens."""
   mask = masks.CausalMask((T, T))
   if window is not None:
@@ -99,12 +102,13 @@ def _splash_kernel(G: int, T: int, window, softcap):
     block_q_dq=block,  # a kernel of its own: fused, dq would come in T / block parts
     block_kv_dq=block,
   )
-  return splash.make_splash_mqa_single_device(
-    masks.MultiHeadMask([mask] * G),
-    block_sizes=sizes,
-    attn_logits_soft_cap=softcap,
-    interpret=INTERPRET,
-  )
+  with jax.ensure_compile_time_eval():  # its tables are constants of whichever program asks
+    return splash.make_splash_mqa_single_device(
+      masks.MultiHeadMask([mask] * G),
+      block_sizes=sizes,
+      attn_logits_soft_cap=softcap,
+      interpret=interpret,
+    )
 
 
 def _cudnn(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
@@ -113,14 +117,17 @@ def _cudnn(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
       f"attention backend='cudnn' takes bfloat16 and no softcap, not {q_BHTC.dtype} and "
       f'softcap={softcap}; xla does'
     )
-  turn = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+  T = q_BHTC.shape[2]
+  odd = T % 2  # which it does not train on
+  turn = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, odd), (0, 0), (0, 0)))
   out = jax.nn.dot_product_attention(
     *(turn(q_BHTC), turn(k_BKTC), turn(v_BKTC)),
-    mask=visible(segments_BT, window)[:, None],
+    mask=visible(jnp.pad(segments_BT, ((0, 0), (0, odd))), window)[:, None],
     scale=scale,
+    is_causal=True,  # the mask says so too, but this spares the work
     implementation=CUDNN,
   )
-  return turn(out)
+  return out[:, :T].swapaxes(1, 2)
 
 
 BACKENDS = {'xla': _xla, 'splash': _splash, 'cudnn': _cudnn}
@@ -137,6 +144,6 @@ def cases():
   return [
     ('one segment', 1, 2, 2, 128, 64, (128,), None, None),
     ('packed, grouped, ragged', 2, 4, 2, 150, 64, (40, 70, 21), None, None),
-    ('window', 1, 2, 1, 140, 64, (100, 40), 9, None),
+    ('window', 1, 2, 1, 141, 64, (100, 40), 9, None),
     ('softcap, narrow head', 1, 2, 1, 130, 24, (60, 50), None, 5.0),
   ]

@@ -14,6 +14,7 @@ import jax
 from reasonrl import (
   augmentations,
   controls,
+  ops,
   parameters,
   phases,
   pretrained,
@@ -62,8 +63,18 @@ def numbers(config) -> None:
         )
 
 
+def loss_backend(asked: str, platform: str) -> None:
+  """It must exist, and a kernel needs its platform."""
+  if asked not in ops.BACKENDS:
+    raise records.UserError(f'loss_backend={asked!r} is not one of {", ".join(ops.BACKENDS)}')
+  wanted = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu'}.get(asked, platform)
+  if wanted != platform:
+    raise records.UserError(f'loss_backend={asked!r} runs on a {wanted}, and here is a {platform}')
+
+
 def check(setup: wiring.Setup, order) -> None:
   """Everything that can be wrong with what was built."""
+  loss_backend(setup.config.loss_backend, setup.mesh.devices.flat[0].platform)
   for part in parts(setup.task):
     rewards(part, setup.rewards)
   draws(setup, setup.evaluation_env)

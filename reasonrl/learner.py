@@ -146,15 +146,16 @@ class Learner:
     hidden_MD, pull = jax.vjp(lambda params: self._hidden(params, batch), params)
     targets_M, support, aux = self._targets(batch)
     aux['shares'] = tuple(jnp.full(targets_M.shape, 1.0 / d) for d in denominators)
+    head_VD = self.model.head(params)
     (loss, metrics), (dhidden_MD, dhead_VD) = ops.policy_loss_and_grads(
       hidden_MD,
-      self.model.head(params),
+      head_VD,
       ops.forbid(self.model.vocab_size, self.forbidden),
       targets_M,
       support,
       aux,
       functools.partial(total, self.terms),
-      self._spec(support),
+      self._spec(support, head_VD.shape[1]),
       self.mesh,
       self.model.head(grads),
     )
@@ -196,13 +197,14 @@ class Learner:
   def score(self, params, batch: types.Batch) -> Scored:
     """Log-probability, entropy and rank of the scored tokens, [B, M] each; forward only."""
     targets_M, support, _ = self._targets(batch)
+    head_VD = self.model.head(params)
     out = ops.token_logps(
       self._hidden(params, batch),
-      self.model.head(params),
+      head_VD,
       ops.forbid(self.model.vocab_size, self.forbidden),
       targets_M,
       support,
-      self._spec(support),
+      self._spec(support, head_VD.shape[1]),
       self.mesh,
     )
     flat = (out.logp, out.entropy, out.likeliest)
@@ -230,8 +232,9 @@ class Learner:
     support = {name: aux.pop(name) for name in SUPPORT if name in aux}
     return flat(targets_BM), support, aux
 
-  def _spec(self, support):
-    return ops.loss_spec(self.loss_backend, self.loss_chunk, self.form, support, self.mesh)
+  def _spec(self, support, width: int):
+    asked = (self.loss_backend, self.loss_chunk, self.form)
+    return ops.loss_spec(*asked, support, width, self.mesh)
 
   def _constrain(self, tree):
     rules = self.model.sharding_rules

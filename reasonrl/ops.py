@@ -8,6 +8,8 @@ gradient of the hidden states once.
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from reasonrl.kernels import attention as attention_kernel
 from reasonrl.kernels import dense as dense_kernel
 from reasonrl.kernels import policy_loss
 from reasonrl.kernels import self_attention as self_attention_kernel
+from reasonrl.kernels.policy_loss import pallas_tpu
 
 dense = dense_kernel.dense
 attention = attention_kernel.attention
@@ -59,33 +62,37 @@ def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, 
 
 def attention_backend(device, q_BHTC, softcap) -> str:
   """Of `kernels.self_attention`: the platform's own kernel where it can do this."""
+  if q_BHTC.dtype != jnp.bfloat16:  # in float32 the kernels multiply in less
+    return 'xla'
   if device.platform == 'tpu':
     return 'splash'
-  if device.platform == 'gpu' and q_BHTC.dtype == jnp.bfloat16 and softcap is None:
-    ampere = float(device.compute_capability) >= 8.0
-    return 'cudnn' if ampere and q_BHTC.shape[-1] <= 128 and q_BHTC.shape[-1] % 8 == 0 else 'xla'
+  # 8.0: Ampere. AMD's capabilities are names.
+  if re.fullmatch(r'([89]|\d\d)\.\d', getattr(device, 'compute_capability', '')):
+    C = q_BHTC.shape[-1]
+    return 'cudnn' if softcap is None and C <= 128 and C % 8 == 0 else 'xla'
   return 'xla'
 
 
-def loss_spec(backend: str, rows: int, form, support, mesh: Mesh) -> policy_loss.Spec:
+def loss_spec(backend: str, rows: int, form, support, D: int, mesh: Mesh) -> policy_loss.Spec:
   """How the loss is computed on this mesh.
 
   Args:
     backend: of BACKENDS; 'auto' takes a kernel on the chips that it is compiled for in the tests
-      (TPU v5e and v6e; GPUs of compute capability 9.0), if it can do what `support` asks for.
-    rows: the most tokens of a device whose logits exist at a time; 0: ROWS.
+      (TPU v5e and v6e; GPUs of compute capability 9.0), if it can do what `support` asks for at
+      this width.
+    rows: tokens of a device whose logits exist at a time, see `policy_loss.Spec`; 0: ROWS.
   """
   device = mesh.devices.flat[0]
   if backend == 'auto':
     backend = 'xla'
-    if device.device_kind in ('TPU v5 lite', 'TPU v6 lite'):
+    if device.device_kind in ('TPU v5 lite', 'TPU v6 lite') and pallas_tpu.capacity(D, form):
       backend = 'pallas_tpu'
     if getattr(device, 'compute_capability', None) == '9.0':
       backend = 'pallas_gpu'
     if set(support) - policy_loss.BACKENDS[backend].SUPPORT:
       backend = 'xla'
   axis = 'tensor' if mesh.shape['tensor'] > 1 else None
-  return policy_loss.Spec(form, rows or ROWS[device.platform], backend, axis)
+  return policy_loss.Spec(form, rows or ROWS.get(device.platform, ROWS['gpu']), backend, axis)
 
 
 def token_logps(
@@ -115,8 +122,7 @@ def policy_loss_and_grads(
 ):  # fmt: skip
   """(sum of fn over tokens, {metric: [M]}), (dhidden_MD, dhead_VD).
 
-  See `kernels.policy_loss.value_and_grads`; the gradient of the head is added to dhead_VD, in its
-  dtype.
+  See `kernels.policy_loss.value_and_grads`; the gradient of the head is added to dhead_VD.
   """
 
   def local(hidden_MD, head_VD, bias_V, targets_M, support, aux, dhead_VD):
@@ -131,13 +137,11 @@ def policy_loss_and_grads(
       new_VD = dhead_VD + jax.lax.psum(new_VD, 'data')
     return jax.lax.psum(loss, ('data', 'fsdp')), metrics, dhidden_MD, new_VD
 
-  V, dtype = head_VD.shape[0], dhead_VD.dtype
-  dhead_VD = dhead_VD.astype(jnp.float32)
   if mesh.size == 1:
-    out, (dhidden_MD, dhead_VD) = policy_loss.value_and_grads(
+    return policy_loss.value_and_grads(
       hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, spec, dhead_VD
     )
-    return out, (dhidden_MD, dhead_VD.astype(dtype))
+  V = head_VD.shape[0]
   head_VD, bias_V = _padded(head_VD, bias_V, mesh)
   dhead_VD = jnp.pad(dhead_VD, ((0, head_VD.shape[0] - V), (0, 0)))
   loss, metrics, dhidden_MD, dhead_VD = jax.shard_map(
@@ -147,7 +151,7 @@ def policy_loss_and_grads(
     out_specs=(PartitionSpec(), types.ROWS, types.ROWS, HEAD),
     check_vma=False,
   )(hidden_MD, head_VD, bias_V, targets_M, support, aux, dhead_VD)
-  return (loss, metrics), (dhidden_MD, dhead_VD[:V].astype(dtype))
+  return (loss, metrics), (dhidden_MD, dhead_VD[:V])
 
 
 HEAD = PartitionSpec(('tensor', 'fsdp'))

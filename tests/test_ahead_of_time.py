@@ -99,7 +99,7 @@ def test_the_matrix_units_are_busy(chip, least):
   V, D = bench().VOCABULARY, 2048
   score = bench().run(chip, 'score', 'kernel', D, V)
   assert score['mxu']['forward'] >= least
-  reads = 2 * V * D * score['rows'] / pallas_tpu.BLOCK  # W once per block of rows, bfloat16
+  reads = 2 * V * D * score['rows'] / pallas_tpu.BLOCKS[0]  # W once per block of rows, bfloat16
   # A v6e gathers the targets' rows on its SparseCore, for which its cost model counts W twice over.
   gather = 2 * 2 * V * D if chip == 'v6e' else 0
   assert reads <= score['bytes'] - gather < 1.15 * reads

@@ -570,3 +570,22 @@ def test_transformers_agrees(family, theirs, ours):
   params = from_transformers(state, model.num_layers)
   got, _ = hidden(model, params, tokens_BT, *whole(tokens_BT))
   close(got, want, 1e-4)
+
+
+def test_an_empty_cache_is_written_and_not_read():
+  """Prefill: tokens look at one another, [T, T], and not at the slots of the cache, [T, S]."""
+  model, rows = make(), tokens(2, 6)
+  params, at = parameters(model), whole(rows, [6, 4])
+
+  def prefill(params, cache, fresh):
+    return model.hidden(params, rows, *at, cache, fresh=fresh)
+
+  cache = model.init_cache(2, 32)
+  for fresh, seen in ((True, '6,6'), (False, '6,32')):
+    text = str(jax.make_jaxpr(functools.partial(prefill, fresh=fresh))(params, cache))
+    assert f'{seen}]' in text
+    assert fresh == ('6,32]' not in text)
+  got = jax.tree.leaves(prefill(params, cache, True)[1])
+  for a, b in zip(got, jax.tree.leaves(prefill(params, cache, False)[1]), strict=True):
+    np.testing.assert_allclose(a[0], b[0], atol=1e-5)
+    np.testing.assert_allclose(a[1, :, :4], b[1, :, :4], atol=1e-5)

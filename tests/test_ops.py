@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
 from reasonrl import ops, sharding, types
-from reasonrl.kernels import policy_loss
-from reasonrl.kernels.policy_loss import pallas_tpu
+from reasonrl.kernels import policy_loss, self_attention
+from reasonrl.kernels.policy_loss import pallas_gpu, pallas_tpu
 
 M, D, V = 32, 16, 37  # V: odd, so that no mesh divides it
 FORM = (1.0, 5.0, 0.7, jnp.dtype('float32'))
@@ -49,7 +50,7 @@ def run(mesh, names=('barred', 'kept', 'plain'), backend='xla'):
   mesh = sharding.make_mesh(*MESHES[mesh])
   hidden, head, bias, targets, support, aux, start = make()
   support = {name: support[name] for name in names}
-  spec = ops.loss_spec(backend, 2 if backend == 'xla' else 512, FORM, support, mesh)
+  spec = ops.loss_spec(backend, 2 if backend == 'xla' else 512, FORM, support, D, mesh)
   args = (hidden, head, bias, targets, support)
   scores = jax.jit(functools.partial(ops.token_logps, spec=spec, mesh=mesh))(*args)
   step = functools.partial(ops.policy_loss_and_grads, fn=fn, spec=spec, mesh=mesh)
@@ -63,10 +64,18 @@ def test_every_mesh_computes_the_same(mesh):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
+def test_the_gpu_kernel_on_a_mesh(monkeypatch):
+  monkeypatch.setattr(pallas_gpu, 'INTERPRET', True)
+  got, want = run('222', ('plain',), 'pallas_gpu'), run('111', ('plain',))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize('mesh', ['118', '222'])
 def test_the_kernel_on_a_mesh(mesh, monkeypatch):
   monkeypatch.setattr(pallas_tpu, 'INTERPRET', pltpu.InterpretParams(detect_races=True))
   got, want = run(mesh, ('plain',), 'pallas_tpu'), run('111', ('plain',))
+  assert not interpret_pallas_call.races.races_found
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
@@ -92,7 +101,7 @@ def test_what_crosses_between_devices(rows):
   put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
   args = (put(hidden, types.ROWS), put(head, ops.HEAD), put(bias, ops.VOCABULARY))
   args = (*args, put(targets, types.ROWS), {})
-  spec = ops.loss_spec('xla', rows, FORM, {}, mesh)
+  spec = ops.loss_spec('xla', rows, FORM, {}, D, mesh)
   score = jax.jit(functools.partial(ops.token_logps, spec=spec, mesh=mesh))
   found = collectives(score.lower(*args).compile().as_text())
   gathers = [shapes for op, shapes in found if op == 'all-gather']
@@ -122,22 +131,66 @@ class Device:
 
 
 @pytest.mark.parametrize(
-  'device, support, backend, rows',
+  'device, support, width, backend, rows',
   [
-    (Device('cpu', 'cpu'), {}, 'xla', 512),
-    (Device('tpu', 'TPU v5 lite'), {}, 'pallas_tpu', 2048),
-    (Device('tpu', 'TPU v6 lite'), {'plain': 0}, 'pallas_tpu', 2048),
-    (Device('tpu', 'TPU v6 lite'), {'plain': 0, 'barred': 0}, 'xla', 2048),
-    (Device('tpu', 'TPU v4'), {}, 'xla', 2048),
-    (Device('gpu', 'NVIDIA H100', compute_capability='9.0'), {}, 'pallas_gpu', 4096),
-    (Device('gpu', 'NVIDIA A100', compute_capability='8.0'), {}, 'xla', 4096),
+    (Device('cpu', 'cpu'), {}, 2048, 'xla', 512),
+    (Device('tpu', 'TPU v5 lite'), {}, 2048, 'pallas_tpu', 2048),
+    (Device('tpu', 'TPU v6 lite'), {'plain': 0}, 2048, 'pallas_tpu', 2048),
+    (Device('tpu', 'TPU v6 lite'), {'plain': 0, 'barred': 0}, 2048, 'xla', 2048),
+    (Device('tpu', 'TPU v6 lite'), {}, 16384, 'xla', 2048),  # does not fit on-chip memory
+    (Device('tpu', 'TPU v4'), {}, 2048, 'xla', 2048),
+    (Device('gpu', 'NVIDIA H100', compute_capability='9.0'), {}, 2048, 'pallas_gpu', 4096),
+    (Device('gpu', 'NVIDIA A100', compute_capability='8.0'), {}, 2048, 'xla', 4096),
+    (Device('gpu', 'AMD', compute_capability='gfx942'), {}, 2048, 'xla', 4096),
+    (Device('METAL', 'Metal'), {}, 2048, 'xla', 4096),
   ],
 )
-def test_auto_takes_the_kernel_of_the_chip(device, support, backend, rows):
+def test_auto_takes_the_kernel_of_the_chip(device, support, width, backend, rows):
   class Mesh:
     devices = np.array([device])
     shape = {'data': 1, 'fsdp': 1, 'tensor': 1}
 
-  spec = ops.loss_spec('auto', 0, FORM, support, Mesh)
+  spec = ops.loss_spec('auto', 0, FORM, support, width, Mesh)
   assert spec == policy_loss.Spec(FORM, rows, backend, None)
-  assert ops.loss_spec('pallas_gpu', 7, FORM, support, Mesh)[1:3] == (7, 'pallas_gpu')
+  assert ops.loss_spec('pallas_gpu', 7, FORM, support, width, Mesh)[1:3] == (7, 'pallas_gpu')
+
+
+@pytest.mark.parametrize(
+  'device, dtype, C, softcap, backend',
+  [
+    (Device('cpu', 'cpu'), 'bfloat16', 64, None, 'xla'),
+    (Device('tpu', 'TPU v4'), 'bfloat16', 64, 5.0, 'splash'),
+    (Device('tpu', 'TPU v4'), 'float32', 64, None, 'xla'),  # splash multiplies in less
+    (Device('gpu', 'H100', compute_capability='9.0'), 'bfloat16', 128, None, 'cudnn'),
+    (Device('gpu', 'B200', compute_capability='10.0'), 'bfloat16', 64, None, 'cudnn'),
+    (Device('gpu', 'H100', compute_capability='9.0'), 'float32', 128, None, 'xla'),
+    (Device('gpu', 'H100', compute_capability='9.0'), 'bfloat16', 256, None, 'xla'),
+    (Device('gpu', 'H100', compute_capability='9.0'), 'bfloat16', 64, 5.0, 'xla'),
+    (Device('gpu', 'T4', compute_capability='7.5'), 'bfloat16', 64, None, 'xla'),
+    (Device('gpu', 'AMD', compute_capability='gfx942'), 'bfloat16', 64, None, 'xla'),
+  ],
+)
+def test_attention_takes_the_kernel_of_the_chip(device, dtype, C, softcap, backend):
+  assert ops.attention_backend(device, jnp.zeros((1, 1, 1, C), dtype), softcap) == backend
+
+
+@pytest.mark.parametrize('K', [1, 2])
+def test_the_attention_kernel_on_a_mesh(K, monkeypatch):
+  """Rows over data and fsdp, heads over tensor where it divides the key heads (K = 2)."""
+  monkeypatch.setattr(self_attention, 'INTERPRET', True)
+  monkeypatch.setattr(ops, 'attention_backend', lambda *_: 'splash')
+  rng = np.random.default_rng(0)
+  make = lambda heads: jnp.asarray(rng.normal(size=(4, heads, 32, 16)), jnp.float32)
+  qkv, segments = (make(4), make(K), make(K)), jnp.asarray(rng.integers(1, 3, (4, 32)))
+  segments = jnp.sort(segments, axis=1)
+  weights = make(4)
+
+  def value_and_grads(mesh):
+    loss = lambda *qkv: (ops.self_attention(*qkv, segments, None, 0.25, None, mesh) * weights).sum()
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv)
+
+  want = value_and_grads(None)
+  for a, b in zip(
+    *map(jax.tree.leaves, (value_and_grads(sharding.make_mesh(2, 2, 2)), want)), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -47,6 +47,7 @@ CASES = {
   'huge logits': Case(gain=3000.0),
   'vocabulary ends within a tile': Case(V=700, D=24),
   'a tile of one word': Case(V=513),
+  'more tiles than programs': Case(M=3, D=8, V=4500),
   'narrow': Case(D=1, V=5),
   'several chunks': Case(M=600, V=64),
   'softcap and bias': Case(V=600, softcap=3.0, scale=0.5, temperature=0.6, bias=True, plain=True),

@@ -60,7 +60,7 @@ class Spec(NamedTuple):
   """How it is computed; static."""
 
   form: tuple  # scale, softcap or None, temperature, compute_dtype
-  rows: int  # the most tokens whose logits exist at a time
+  rows: int  # tokens whose logits exist at a time: at most, but at least a block of a kernel's
   backend: str  # of BACKENDS
   # Inside shard_map: the mesh axis that head_VD and bias_V are split over. None: they are whole.
   vocab_axis: str | None
@@ -72,7 +72,9 @@ class Scores(NamedTuple):
   logp: jax.Array
   entropy: jax.Array  # nats
   lse: jax.Array  # logsumexp_v z
-  likeliest: jax.Array  # 1 where no token of the support has a larger log-probability, else 0
+  # 1 where no token of the support has a larger log-probability, else 0; the kernels, which sum
+  # the target's logit in another order than the maximum, take 1e-5 (1 + |maximum|) for equal.
+  likeliest: jax.Array
 
 
 def logits(hidden_RD, head_VD, bias_V, form):
@@ -146,11 +148,13 @@ def value_and_grads(hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, spe
 def fused_policy_loss(hidden_MD, head_VD, bias_V, targets_M, support, aux, fn, spec: Spec):
   """sum_m fn(logp_m, entropy_m, aux_m), differentiable in hidden_MD and head_VD only.
 
+  The door for autodiff; who can add gradients up by hand saves a [V, D] array: `value_and_grads`.
+
   Args:
     hidden_MD: hidden states, one per scored token (those at the token before it).
     head_VD: output matrix; V rows, [out, in].
     bias_V: float32, added to the scores before the temperature (-1e9 forbids a token).
-    targets_M: int32, the scored tokens.
+    targets_M: int32, the scored tokens; one that counts must lie in its support.
     support: dict with some of 'kept' and 'barred', int32 [M, K] of ids, padded with -1 (no ids at
       all: nothing is left out), and 'plain', [M]; see the head of this file.
     aux: dict of [M] arrays for `fn`. Padding must have fn(...) == 0 for all-zero aux, because

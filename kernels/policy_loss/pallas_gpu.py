@@ -45,9 +45,7 @@ def weights(head_VD, bias_V, form):
 def forward(weights, hidden_RD, targets_R, support, form, keep: bool):
   """Sums [R], the target's logit [R] (0 where another device has it), and what `backward` reads."""
   (head_VD, bias_V), (scale, softcap, temperature, dtype) = weights, form
-  temperature_R = jnp.full(targets_R.shape, temperature, jnp.float32)
-  if 'plain' in support:
-    temperature_R = jnp.where(support['plain'] > 0, 1.0, temperature_R)
+  temperature_R = softmax.temperatures(support, temperature, targets_R.shape[0])
   x_RD, V = hidden_RD.astype(dtype), head_VD.shape[0]
   own = jnp.minimum(targets_R, V - 1)
   if keep:
@@ -79,25 +77,6 @@ def backward(weights, saved, hidden_RD, targets_R, support, slopes, dhead_VD, fo
 
 def _tempered(raw, bias, unit, inside, scale, softcap):
   return jnp.where(inside, (softmax.cap(raw * scale, softcap) + bias) * unit, softmax.OUTSIDE)
-
-
-def _online(sums, z, axis):
-  """The sums with more logits: those along `axis`, or one for each of the sums (None)."""
-  if axis is None:
-    reduce_max, reduce_sum, expand = (lambda x: x,) * 3
-  else:
-    reduce_max, reduce_sum = functools.partial(jnp.max, axis=axis), lambda x: x.sum(axis)
-    expand = functools.partial(jnp.expand_dims, axis=axis)
-  top = jnp.maximum(sums.top, reduce_max(z))
-  shift, gap = sums.top - top, z - expand(top)
-  weight, e = jnp.exp(shift), jnp.exp(gap)
-  moment = weight * (sums.moment + shift * sums.total) + reduce_sum(e * gap)
-  return softmax.Sums(top, weight * sums.total + reduce_sum(e), moment)
-
-
-def _nothing(shape):
-  zeros = jnp.zeros(shape, jnp.float32)
-  return softmax.Sums(jnp.full(shape, softmax.OUTSIDE, jnp.float32), zeros, zeros)
 
 
 def _scores(x_RD, head_VD, bias_V, temperature_R, scale, softcap):
@@ -154,9 +133,9 @@ def _scores_kernel(
     raw = jax.lax.fori_loop(0, pl.cdiv(D, depth), step, zeros)
     bias = triton.load(bias_ref.at[pl.ds(first, TILE)], mask=words < V, other=0.0)
     z = _tempered(raw, bias[None, :], unit, (words < V)[None, :], scale, softcap)
-    return _online(sums, z, 1)
+    return softmax.more(sums, z, 1)
 
-  sums = jax.lax.fori_loop(0, tiles, tile, _nothing((BLOCK,)))
+  sums = jax.lax.fori_loop(0, tiles, tile, softmax.none((BLOCK,)))
   top_ref[0, :], total_ref[0, :], moment_ref[0, :] = sums
 
 
@@ -184,8 +163,8 @@ def _sums_kernel(raw_ref, bias_ref, unit_ref, top_ref, total_ref, moment_ref, *,
     at = pl.ds(j * LANES, LANES)
     raw = triton.load(raw_ref.at[:, at], mask=inside[None], other=0.0)[0]
     bias = triton.load(bias_ref.at[at], mask=inside, other=0.0)
-    return _online(sums, _tempered(raw, bias, unit_ref[0], inside, scale, softcap), None)
+    return softmax.more(sums, _tempered(raw, bias, unit_ref[0], inside, scale, softcap), None)
 
-  lanes = jax.lax.fori_loop(0, pl.cdiv(V, LANES), step, _nothing((LANES,)))
+  lanes = jax.lax.fori_loop(0, pl.cdiv(V, LANES), step, softmax.none((LANES,)))
   add = lambda tree: jax.tree.map(jnp.sum, tree)
   top_ref[0], total_ref[0], moment_ref[0] = softmax.merge(lanes, jnp.max, add)

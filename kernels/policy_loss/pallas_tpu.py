@@ -33,7 +33,9 @@ SUBLANES = 8
 SLAB = 256  # rows whose logits are worked on at a time: the width of the v6e matrix unit
 STRIP = 256  # and vocabulary entries, in the forward kernel
 TILE = 512  # vocabulary entries per grid step
-BLOCK = 1024  # rows per grid step of the forward kernel: a tile of W is read once for all of them
+# Rows per grid step of the forward kernel, the first that divides a chunk: a tile of W is read
+# once for all of them.
+BLOCKS = (1024, 768, ROW_MULTIPLE)
 VMEM = 100 * 2**20  # of the 128 MiB of v5e and v6e; the rest is the compiler's
 OUTSIDE = softmax.OUTSIDE
 INTERPRET = False  # or InterpretParams, to run without a TPU
@@ -41,19 +43,29 @@ LOG2E = math.log2(math.e)
 
 
 def most_rows(rows: int, D: int, form) -> int:
-  """As many of `rows` as the backward kernel can hold in on-chip memory."""
-  size = jnp.dtype(form[3]).itemsize
-  tile = TILE * D * (3 * size + 16)  # W twice, W^T, dW in and out twice each
-  row = D * (size + 4) + 8 * TILE + 2 * 4 * 2 * SUBLANES  # x, dx^T, z twice, numbers per row
-  fits = (VMEM - tile) // row // ROW_MULTIPLE * ROW_MULTIPLE
-  if fits <= 0:
+  """As many of `rows` as the backward kernel can hold in on-chip memory, and at least one block.
+
+  Raises:
+    ValueError: not even that fits.
+  """
+  fits = capacity(D, form)
+  if not fits:
     raise ValueError(f'pallas_tpu: a width of {D} does not fit on-chip memory; backend=xla does')
   return min(max(rows, ROW_MULTIPLE), fits)
 
 
+def capacity(D: int, form) -> int:
+  """The most rows of a chunk."""
+  size = jnp.dtype(form[3]).itemsize
+  words = _tile(TILE, D)
+  tile = words * D * (3 * size + 16)  # W twice, W^T, dW in and out twice each
+  row = D * (size + 4) + 8 * words + 2 * 4 * 2 * SUBLANES  # x, dx^T, z twice, numbers per row
+  return max((VMEM - tile) // row // ROW_MULTIPLE * ROW_MULTIPLE, 0)
+
+
 def weights(head_VD, bias_V, form):
   """The head in its compute dtype; the bias by tiles, and which tiles have one."""
-  V, tile = head_VD.shape[0], _tile(head_VD.shape[0])
+  V, tile = head_VD.shape[0], _tile(*head_VD.shape)
   bias_1V = jnp.pad(bias_V, (0, -V % tile), constant_values=OUTSIDE)[None]
   special = (bias_1V.reshape(-1, tile) != 0).any(axis=1).astype(jnp.int32)
   return head_VD.astype(form[3]), bias_1V.astype(jnp.float32), special
@@ -63,12 +75,10 @@ def forward(weights, hidden_RD, targets_R, support, form, keep: bool):
   """Sums [R], the target's logit [R] (0 where another device has it), and what `backward` reads."""
   (head_VD, bias_1V, special), (scale, softcap, temperature, dtype) = weights, form
   x_RD = hidden_RD.astype(dtype)
-  temperature_R = jnp.full(targets_R.shape, temperature, jnp.float32)
-  if 'plain' in support:
-    temperature_R = jnp.where(support['plain'] > 0, 1.0, temperature_R)
+  temperature_R = softmax.temperatures(support, temperature, targets_R.shape[0])
   unit_R = LOG2E / temperature_R
-  (R, D), V, tile = x_RD.shape, head_VD.shape[0], _tile(head_VD.shape[0])
-  block = BLOCK if R % BLOCK == 0 else ROW_MULTIPLE
+  (R, D), V, tile = x_RD.shape, head_VD.shape[0], _tile(*head_VD.shape)
+  block = next(n for n in BLOCKS if R % n == 0)
   tiles = special.size
   numbers = pl.BlockSpec((SUBLANES, block), lambda i, j, _: (0, i))
   sums = jax.ShapeDtypeStruct((SUBLANES, R), jnp.float32)
@@ -113,7 +123,7 @@ def backward(weights, saved, hidden_RD, targets_R, support, slopes, dhead_VD, fo
   """dhidden_RD (of this part of the vocabulary), and dhead_VD with this chunk's share added."""
   del support, hidden_RD
   (head_VD, bias_1V, _), (x_RD, unit_R, z_VR), (scale, softcap, _, dtype) = weights, saved, form
-  (R, D), V, tile = x_RD.shape, head_VD.shape[0], _tile(head_VD.shape[0])
+  (R, D), V, tile = x_RD.shape, head_VD.shape[0], _tile(*head_VD.shape)
   factor_R = scale * unit_R / LOG2E
   numbers = [
     slopes.top * LOG2E,
@@ -163,8 +173,9 @@ def backward(weights, saved, hidden_RD, targets_R, support, slopes, dhead_VD, fo
   return dx_DR.T, dhead_VD[:V]
 
 
-def _tile(V: int) -> int:
-  return min(TILE, V + -V % 16)  # 16: the sublanes of a register of bfloat16
+def _tile(V: int, D: int) -> int:
+  most = TILE if D <= 4096 else TILE // 2
+  return min(most, V + -V % 16)  # 16: the sublanes of a register of bfloat16
 
 
 def _add(tree, axis):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,34 @@ def merge(sums: Sums, top, add) -> Sums:
   weight = jnp.exp(shift)
   total, moment = add((weight * sums.total, weight * (sums.moment + shift * sums.total)))
   return Sums(m, total, moment)
+
+
+def more(sums: Sums, z, axis: int | None) -> Sums:
+  """The sums with more logits: those along `axis`, or one for each of the sums (None)."""
+  if axis is None:
+    reduce_max, reduce_sum, expand = (lambda x: x,) * 3
+  else:
+    reduce_max, reduce_sum = (functools.partial(f, axis=axis) for f in (jnp.max, jnp.sum))
+    expand = functools.partial(jnp.expand_dims, axis=axis)
+  top = jnp.maximum(sums.top, reduce_max(z))
+  shift, gap = sums.top - top, z - expand(top)
+  weight, e = jnp.exp(shift), jnp.exp(gap)
+  moment = weight * (sums.moment + shift * sums.total) + reduce_sum(e * gap)
+  return Sums(top, weight * sums.total + reduce_sum(e), moment)
+
+
+def none(shape) -> Sums:
+  """The sums of no logits."""
+  zeros = jnp.zeros(shape, jnp.float32)
+  return Sums(jnp.full(shape, OUTSIDE, jnp.float32), zeros, zeros)
+
+
+def temperatures(support, temperature: float, R: int):
+  """[R]: 1 for what is scored as text."""
+  temperature_R = jnp.full(R, temperature, jnp.float32)
+  if 'plain' in support:
+    temperature_R = jnp.where(support['plain'] > 0, 1.0, temperature_R)
+  return temperature_R
 
 
 def slopes(sums: Sums, entropy_R, a_R, e_R) -> Slopes:

@@ -35,26 +35,21 @@ def forward(weights, hidden_RD, targets_R, support, form, keep: bool):
   """Sums [R], the target's logit [R] (0 where another device has it), and what `backward` reads."""
   (head_VD, bias_V), R, V = weights, targets_R.shape[0], weights[0].shape[0]
   hidden_RD = hidden_RD.astype(form[3])
-  rows, zeros = jnp.arange(R), jnp.zeros(R, jnp.float32)
+  rows = jnp.arange(R)
 
   def tile(start, size, carry):
     sums, z_target, kept_VR = carry
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
     z = _logits(part(head_VD), part(bias_V), hidden_RD, start, support, form)
-    top = jnp.maximum(sums.top, z.max(axis=0))
-    shift, gap = sums.top - top, z - top[None]
-    weight, e = jnp.exp(shift), jnp.exp(gap)
-    moment = weight * (sums.moment + shift * sums.total) + (e * gap).sum(axis=0)
-    sums = softmax.Sums(top, weight * sums.total + e.sum(axis=0), moment)
+    sums = softmax.more(sums, z, 0)
     own, inside = _own(targets_R, start, size)
     z_target = z_target + jnp.where(inside, z[jnp.minimum(own, size - 1), rows], 0.0)
     if keep:
       kept_VR = jax.lax.dynamic_update_slice_in_dim(kept_VR, z, start, 0)
     return sums, z_target, kept_VR
 
-  start = softmax.Sums(zeros + softmax.OUTSIDE, zeros, zeros)
   kept_VR = jnp.zeros((V, R), jnp.float32) if keep else None
-  return _over_tiles(tile, V, R, (start, zeros, kept_VR))
+  return _over_tiles(tile, V, R, (softmax.none(R), jnp.zeros(R), kept_VR))
 
 
 def backward(weights, z_VR, hidden_RD, targets_R, support, slopes, dhead_VD, form):
@@ -62,7 +57,7 @@ def backward(weights, z_VR, hidden_RD, targets_R, support, slopes, dhead_VD, for
   (head_VD, bias_V), (scale, softcap, _, compute_dtype) = weights, form
   V, R = z_VR.shape
   hidden_RD = hidden_RD.astype(compute_dtype)
-  temperature_R = _temperature(support, form, R)
+  temperature_R = softmax.temperatures(support, form[2], R)
 
   def tile(start, size, carry):
     dhidden_RD, dhead_VD = carry
@@ -95,23 +90,16 @@ def _over_tiles(tile, V, R, carry):
 
 def _logits(head_VD, bias_V, hidden_RD, start, support, form):
   """z_VR of the words from `start` on, on the support of each token."""
-  scale, softcap, _, compute_dtype = form
+  scale, softcap, temperature, compute_dtype = form
   z_VR = dense.contract(head_VD, hidden_RD, (1, 1), compute_dtype) * scale
   z_VR = softmax.cap(z_VR, softcap) + bias_V[:, None]
-  z_VR = z_VR / _temperature(support, form, hidden_RD.shape[0])[None]
+  z_VR = z_VR / softmax.temperatures(support, temperature, hidden_RD.shape[0])[None]
   if 'barred' in support:
     z_VR = jnp.where(_holds(support['barred'], start, z_VR.shape), -1e9, z_VR)
   if 'kept' in support:  # a token without any keeps all of them
     whole_R = jnp.all(support['kept'] < 0, axis=1)
     z_VR = jnp.where(_holds(support['kept'], start, z_VR.shape) | whole_R[None], z_VR, -1e9)
   return z_VR
-
-
-def _temperature(support, form, R):
-  temperature_R = jnp.full(R, form[2], jnp.float32)
-  if 'plain' in support:
-    temperature_R = jnp.where(support['plain'] > 0, 1.0, temperature_R)
-  return temperature_R
 
 
 def _own(ids, start, size):

@@ -61,7 +61,7 @@ def program(chip, what, backend, D, V, chunks):
   """The executable of `chunks` chunks, its Spec and number of tokens."""
   mesh = Mesh(np.array(ahead_of_time.devices(chip)[:1]).reshape(1, 1, 1), types.MESH_AXES)
   asked = BACKEND[chip] if backend == 'kernel' else backend
-  spec = ops.loss_spec(asked, 0, (1.0, None, 1.0, BF16), {}, mesh)
+  spec = ops.loss_spec(asked, 0, (1.0, None, 1.0, BF16), {}, D, mesh)
   rows = policy_loss.BACKENDS[spec.backend].most_rows(spec.rows, D, spec.form)
   spec, M = spec._replace(rows=rows), rows * chunks
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -111,7 +111,7 @@ def shares(macs: int, what: str, D: int, rows: int, folder) -> dict[str, float]:
   forward = ahead_of_time.regions(folder, 'policy_loss_forward')
   # Two branches hold the product; the one without a bias has no transposition.
   plain = min(r['bundles'] for r in forward if r['mxu'] and not r['xlu'])
-  needed = busy(pallas_tpu.BLOCK)
+  needed = busy(next(n for n in pallas_tpu.BLOCKS if rows % n == 0))
   found = {'forward': needed / max(needed, plain)}
   if what == 'gradient':
     backward = ahead_of_time.regions(folder, 'policy_loss_backward')

@@ -72,10 +72,10 @@ def inputs(M, D, V):
   return hidden, head, targets, {'old_logp': old_logp, 'adv': adv, 'weight': np.full(M, 1 / M)}
 
 
-def forms(dtype, mesh):
+def forms(dtype, D, mesh):
   """name -> (hidden, head, bias, targets, aux) -> loss, (dhidden, dhead); and its dtype."""
   form = (1.0, None, 1.0, dtype)
-  spec = ops.loss_spec(BACKEND.value, ROWS.value, form, {}, mesh)
+  spec = ops.loss_spec(BACKEND.value, ROWS.value, form, {}, D, mesh)
 
   def fused(hidden, head, bias, targets, aux):
     zeros = jnp.zeros(head.shape, jnp.float32)
@@ -132,7 +132,7 @@ def compare(M, D, V, dtype, mesh, best):
   """Prints a line per form; the median time of ours, and its loss."""
   hidden, head, targets, aux = inputs(M, D, V)
   compiled, args, memory = {}, {}, {}
-  for name, (function, own) in forms(dtype, mesh).items():
+  for name, (function, own) in forms(dtype, D, mesh).items():
     args[name] = jax.device_put((hidden, head, np.zeros(V, np.float32), targets, aux))
     args[name] = (*(x.astype(own) for x in args[name][:2]), *args[name][2:])
     try:
