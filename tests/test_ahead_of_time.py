@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from reasonrl import learner, optim, sampling, sharding, types
+from reasonrl import learner, ops, optim, sampling, sharding, types
 from reasonrl.configs import common
 from reasonrl.experiments import ahead_of_time
 from reasonrl.kernels.policy_loss import pallas_tpu
@@ -89,6 +89,30 @@ def test_scoring_writes_no_logits(chip, V):
     arrays = ahead_of_time.arrays(executable)
     assert max(arrays.values()) == V * D
     assert executable.memory_analysis().temp_size_in_bytes < 16 * M * D + 2**24
+
+
+@CHIPS
+@pytest.mark.parametrize('D, dtype', [(576, 'bfloat16'), (576, 'float32'), (8192, 'bfloat16')])
+def test_softcap_bias_and_texts_at_other_widths(chip, D, dtype):
+  """Widths that are no power of two, float32, and one whose tiles are half as high."""
+  needs(chip)
+  mesh = Mesh(np.array(ahead_of_time.devices(chip)[:1]).reshape(1, 1, 1), types.MESH_AXES)
+  M, V, dtype = 600, 3000, jnp.dtype(dtype)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+  numbers = functools.partial(array, jnp.float32)
+  spec = ops.loss_spec('auto', 0, (0.5, 30.0, 0.7, dtype), {'plain': 0}, D, mesh)
+  assert spec.backend == bench().BACKEND[chip]
+  args = (array(dtype, M, D), array(dtype, V, D), numbers(V), array(jnp.int32, M))
+  args = (*args, {'plain': numbers(M)})
+  score = functools.partial(ops.token_logps, spec=spec, mesh=mesh)
+  ahead_of_time.compiled(score, args, mesh)
+  aux = {name: numbers(M) for name in ('old_logp', 'adv', 'weight')}
+
+  def gradient(*args):
+    return ops.policy_loss_and_grads(*args[:-1], bench().clipped, spec, mesh, args[-1])
+
+  ahead_of_time.compiled(gradient, (*args, aux, numbers(V, D)), mesh)
 
 
 @pytest.mark.parametrize('chip, least', [('v5e', 0.90), ('v6e', 0.75)])
