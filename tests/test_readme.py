@@ -56,7 +56,7 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize('command', commands())
 def test_command(command, tmp_path):
   words = shlex.split(command)
-  program, arguments = re.sub(r'^\.venv/bin/', '', words[0]), words[1:]
+  program, arguments = re.sub(r'^\.\w+/bin/', '', words[0]), words[1:]
   if program == 'pip' or arguments[:2] == ['-m', 'pip']:
     for extra in re.findall(r'\.\[([\w,-]+)\]', command):
       assert set(extra.split(',')) <= extras(), command
