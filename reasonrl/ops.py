@@ -134,7 +134,7 @@ def policy_loss_and_grads(
     )
     if not alone:
       new_VD = jax.lax.psum_scatter(new_VD, 'fsdp', scatter_dimension=0, tiled=True)
-      new_VD = dhead_VD + jax.lax.psum(new_VD, 'data')
+      new_VD = dhead_VD + (jax.lax.psum(new_VD, 'data') if mesh.shape['data'] > 1 else new_VD)
     return jax.lax.psum(loss, ('data', 'fsdp')), metrics, dhidden_MD, new_VD
 
   if mesh.size == 1:

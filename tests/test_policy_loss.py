@@ -249,9 +249,10 @@ def check_memory(compiled, M, D, V, rows, scores=False):
   assert temporary < allowed, f'{temporary} bytes of temporaries, {allowed} allowed'
 
 
-@pytest.mark.parametrize('dtype', [F32, BF16], ids=str)
-@pytest.mark.parametrize('V', [640, 1280])
-@pytest.mark.parametrize('M', [320, 640])
+@pytest.mark.parametrize(
+  'M, V, dtype',
+  [*((M, V, BF16) for M in (320, 640) for V in (640, 1280)), (320, 640, F32), (640, 1280, F32)],
+)
 def test_no_buffer_above_one_chunk_of_logits(M, V, dtype):
   D, rows, form = 8, 16, (1.0, None, 1.0, dtype)
   args = inputs(M, D, V)

@@ -45,8 +45,7 @@ CASES = {
   'all masked': Case(masked=True),
   'ties': Case(ties=True),
   'huge logits': Case(gain=3000.0),
-  'vocabulary ends within a tile': Case(V=700, D=24),
-  'a tile of one word': Case(V=513),
+  'vocabulary ends within a tile': Case(V=513, D=24),  # one word of it
   'more tiles than programs': Case(M=3, D=8, V=4500),
   'narrow': Case(D=1, V=5),
   'several chunks': Case(M=600, V=64),

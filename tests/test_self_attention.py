@@ -40,7 +40,9 @@ def run(function, q, k, v, segments, *rest):
     weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
     return jnp.sum(out * weights), out
 
-  (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+  step = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+  # In bfloat16 the CPU compiler of JAX 0.12.0 gets dq and dk of the interpreted kernel wrong.
+  (_, out), grads = (step if q.dtype == jnp.bfloat16 else jax.jit(step))(q, k, v)
   return out, *grads
 
 
