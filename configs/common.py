@@ -20,6 +20,7 @@ def base(name: str) -> ConfigDict:
       'models': {},  # name -> model(...)
       'loss_backend': 'auto',  # of the fused loss: 'xla', 'pallas_tpu', 'pallas_gpu'
       'loss_chunk': 0,  # scored tokens of a device whose logits exist at a time; 0: its platform's
+      'sampler': sampler(),
       'sentinels': True,  # look for broken runs in every step; see reasonrl/sentinels.py
       'max_skipped': 5,  # consecutive steps that are not finite before the run stops
       'rewarding': {'workers': 2, 'timeout_s': 10.0},  # processes; wall seconds per completion
@@ -32,6 +33,19 @@ def base(name: str) -> ConfigDict:
         'profile_step': 0,  # step of each phase to trace into <workdir>/profile; 0 = none
       },
       'compilation_cache': '~/.cache/reasonrl',  # of compiled programs; '' = none
+    }
+  )
+
+
+def sampler() -> ConfigDict:
+  """How rows are decoded; none of it changes what is sampled but 'int8'."""
+  return ConfigDict(
+    {
+      # 'int8' halves what a long cache costs to read. Its probabilities are not the learner's: see
+      # the metrics of `mismatch`, and correct them by an importance weight of the algorithm.
+      'cache_dtype': 'auto',  # the compute dtype
+      'segment': 128,  # slots of a cache at first; it doubles when a row needs more
+      'buckets': 4,  # row counts that live rows move together in, each half the one before
     }
   )
 

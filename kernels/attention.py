@@ -20,7 +20,7 @@ import jax.numpy as jnp
 MASKED = -1e30  # finite, so that a row without a visible key yields numbers
 
 
-def _dot(a, b, axis_a, axis_b):
+def dot(a, b, axis_a, axis_b):
   """Product over one axis of each, batched over the two leading axes; float32 result."""
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
@@ -31,7 +31,7 @@ def _weights(q_BKRC, k_BKSC, visible_BTS, scale, softcap):
   """P as [B, K, H/K * T, S] float32, and the slope of the cap (None without one)."""
   B, K, R, _ = q_BKRC.shape
   T, S = visible_BTS.shape[1:]
-  scores, slope = _dot(q_BKRC, k_BKSC, 3, 3) * scale, None
+  scores, slope = dot(q_BKRC, k_BKSC, 3, 3) * scale, None
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
     slope = 1.0 - (scores / softcap) ** 2
@@ -69,7 +69,7 @@ def _forward(q_BHTC, k_BKSC, v_BKSC, visible_BTS, scale, softcap):
   q_BKRC = q_BHTC.reshape(B, K, -1, C)
   weights, slope = _weights(q_BKRC, k_BKSC, visible_BTS, scale, softcap)
   weights = weights.astype(v_BKSC.dtype)
-  out = _dot(weights, v_BKSC, 3, 2).astype(q_BHTC.dtype).reshape(q_BHTC.shape)
+  out = dot(weights, v_BKSC, 3, 2).astype(q_BHTC.dtype).reshape(q_BHTC.shape)
   return out, (q_BKRC, k_BKSC, v_BKSC, weights, slope)
 
 
@@ -77,13 +77,13 @@ def _backward(scale, softcap, residuals, dout_BHTC):
   del softcap
   q_BKRC, k_BKSC, v_BKSC, weights, slope = residuals
   dout = dout_BHTC.reshape(q_BKRC.shape).astype(v_BKSC.dtype)
-  dv = _dot(weights, dout, 2, 2)
-  dweights, weights = _dot(dout, v_BKSC, 3, 3), weights.astype(jnp.float32)
+  dv = dot(weights, dout, 2, 2)
+  dweights, weights = dot(dout, v_BKSC, 3, 3), weights.astype(jnp.float32)
   dscores = weights * (dweights - jnp.sum(weights * dweights, axis=-1, keepdims=True)) * scale
   if slope is not None:
     dscores = dscores * slope
   dscores = dscores.astype(q_BKRC.dtype)
-  dq, dk = _dot(dscores, k_BKSC, 3, 2), _dot(dscores, q_BKRC, 2, 2)
+  dq, dk = dot(dscores, k_BKSC, 3, 2), dot(dscores, q_BKRC, 2, 2)
   dq = dq.astype(q_BKRC.dtype).reshape(dout_BHTC.shape)
   return dq, dk.astype(k_BKSC.dtype), dv.astype(v_BKSC.dtype), None
 

@@ -63,6 +63,8 @@ def apply(controls, states, numbers, view: View, token_B, stop_ids):
 class Control:
   """One that does nothing; the others say what they do instead."""
 
+  MIXES: ClassVar[bool] = False  # whether `mix` says what is fed
+
   def begin(self, view: View) -> dict:
     """The state before the first token of a completion: arrays with an entry per row."""
     del view
@@ -82,6 +84,19 @@ class Control:
     """bool [B], or False for all: the row ends behind this token."""
     del view, token_B
     return False
+
+  def mix(self, state, numbers, view: View, drawn, token_B):
+    """What the next step is fed in the place of the token: a mixture of embeddings.
+
+    Args:
+      state: after this token.
+      drawn: `drawing.Draw`, with the weights and the entropy of this step.
+      token_B: as it was written.
+
+    Returns:
+      bool [B], rows that are fed it; weights and token ids, float32 and int32 [B, K].
+    """
+    raise NotImplementedError
 
 
 # Token ids that may stand at each place of a string.

@@ -16,14 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from reasonrl import types
-from reasonrl.kernels import attention as attention_kernel
+from reasonrl.kernels import decode_attention as decode_attention_kernel
 from reasonrl.kernels import dense as dense_kernel
 from reasonrl.kernels import policy_loss
 from reasonrl.kernels import self_attention as self_attention_kernel
 from reasonrl.kernels.policy_loss import pallas_tpu
 
 dense = dense_kernel.dense
-attention = attention_kernel.attention
+Stored = decode_attention_kernel.Stored
+decode_attention = decode_attention_kernel.decode_attention
+quantize = decode_attention_kernel.quantize
 logits = policy_loss.logits
 
 BACKENDS = ('auto', *policy_loss.BACKENDS)

@@ -155,6 +155,7 @@ class Requests:
   key_R: np.ndarray  # uint32 [R, 2], from `sampling.row_keys`
   max_new_R: np.ndarray  # int32, the most tokens each may get
   numbers: dict[str, np.ndarray]  # of the controls: int32 [R] each
+  temperature_R: np.ndarray | None  # float32, in the place of the spec's; 0 is greedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,10 @@ class Samples:
   # Of the distribution that was sampled from: tempered, truncated, renormalised (of greedy tokens:
   # at temperature 1, nothing left out); 0 where source is not POLICY.
   logp_RS: np.ndarray
+  # Of the same tokens at temperature 1, nothing left out.
+  plain_logp_RS: np.ndarray
+  # Nats, of the tempered distribution before anything is left out; 0 where source is not POLICY.
+  entropy_RS: np.ndarray
   stop_R: np.ndarray
   kept_RSK: np.ndarray | None  # as Experience.support; None: nothing left out, or not remembered
 

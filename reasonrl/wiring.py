@@ -160,7 +160,8 @@ def wire(config, table: dict, order, workdir: pathlib.Path, pool, poll) -> Setup
     # Never sampled: marks other than EOS, and rows of the head that stand for no token.
     forbidden = set(tokenizer.control_ids) - set(tokenizer.eos_ids)
     forbidden |= set(range(tokenizer.vocab_size, models[name].vocab_size))
-    samplers[name] = sampling.Sampler(models[name], mesh, tuple(sorted(forbidden)))
+    fixed = {'model': models[name], 'mesh': mesh, 'forbidden': tuple(sorted(forbidden))}
+    samplers[name] = tables.build(sampling.Sampler, config.sampler, **fixed)
   setup = Setup(
     config=config,
     mesh=mesh,

@@ -154,7 +154,7 @@ def test_the_update_of_a_model_on_four_chips(shape):
   fields = {k: v for k, v in config.items() if k not in ('kind', 'weights')}
   model = decoder.Decoder(**fields)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
-  sampler = sampling.Sampler(model, mesh, (0,))
+  sampler = sampling.Sampler(model, mesh, (0,), **common.sampler())
   student = learner.Learner(
     model=model,
     mesh=mesh,

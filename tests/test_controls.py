@@ -354,7 +354,7 @@ def sampler():
   fields |= {'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8, 'mlp_width': 16}
   names = [f.name for f in dataclasses.fields(decoder.Decoder)]
   model = decoder.Decoder(**{name: fields[name] for name in names})
-  return sampling.Sampler(model, sharding.make_mesh(1, 1, 1), ())
+  return sampling.Sampler(model, sharding.make_mesh(1, 1, 1), (), **common.sampler())
 
 
 @pytest.fixture(scope='module')
@@ -370,6 +370,7 @@ def generate(sampler, params, control, given, rows=24, new=20, temperature=1.0, 
     key_R=sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(rows), 0),
     max_new_R=np.full(rows, new, np.int32),
     numbers={name: np.broadcast_to(np.int32(v), rows) for name, v in given.items()},
+    temperature_R=None,
   )
   spec = types.Spec(temperature, 0, 1.0, 0.0, 0, (EOS,), control)
   return sampler.generate(params, requests, spec, slots, lambda: None)
@@ -465,6 +466,7 @@ def test_what_a_control_writes_needs_no_kept_ids(sampler, params):
     key_R=sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(4), 0),
     max_new_R=np.full(4, 3, np.int32),
     numbers={'forced': np.full(4, -1, np.int32)},
+    temperature_R=None,
   )
   spec = types.Spec(1.0, 0, 0.999, 0.0, 1, (EOS,), (controls.Force((3, EOS, 3)),))
   out = sampler.generate(params, requests, spec, 0, lambda: None)

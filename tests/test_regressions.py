@@ -205,7 +205,7 @@ def sampled():
   """A tiny decoder, and completions that it sampled at temperature 0.6."""
   model = tiny.model()
   params = jax.tree.map(lambda x: 3.0 * x, model.init(jax.random.key(0)))
-  sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), ())
+  sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), (), **common.sampler())
   prompt_R = np.repeat([0, 1], 6).astype(np.int32)
   requests = types.Requests(
     tokens_PT=np.array([[7, 0, 0], [1, 2, 3]], np.int32),
@@ -214,6 +214,7 @@ def sampled():
     key_R=sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(12), 0),
     max_new_R=np.full(12, 8, np.int32),
     numbers={},
+    temperature_R=None,
   )
   spec = types.Spec(0.6, 0, 1.0, 0.0, 0, (3, 8), ())
   return model, params, sampler, sampler.generate(params, requests, spec, 0, lambda: None)

@@ -188,7 +188,7 @@ def test_what_cannot_run_is_refused(tmp_path, pool, changes, message):
 # ------------------------------------------------------------------------------------ its parts
 
 MODEL = tiny.model(vocab_size=8, max_position=64)
-SAMPLER = sampling.Sampler(MODEL, sharding.make_mesh(1, 1, 1), ())
+SAMPLER = sampling.Sampler(MODEL, sharding.make_mesh(1, 1, 1), (), **common.sampler())
 
 
 def sampled(control, params, rows=64, new=8):
@@ -199,6 +199,7 @@ def sampled(control, params, rows=64, new=8):
     key_R=sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(rows), 0),
     max_new_R=np.full(rows, new, np.int32),
     numbers={},
+    temperature_R=None,
   )
   spec = types.Spec(0.8, 0, 1.0, 0.0, 0, (EOS,), (control,))
   return SAMPLER.generate(params, requests, spec, 0, lambda: None)
@@ -292,7 +293,7 @@ def test_no_program_holds_the_logits_of_a_text(vocab, rows):
   test_policy_loss.check_memory(
     learner.Learner.score.lower(student, shapes, batch).compile(), *sizes, scores=True
   )
-  sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), ())
+  sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), (), **common.sampler())
   spec = types.Spec(
     1.0, 0, 1.0, 0.0, 0, (EOS,), (controls.Thought(((SHUT,),), (SHUT,), 1, (EOS, START)),)
   )

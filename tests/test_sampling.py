@@ -53,7 +53,7 @@ def parameters(model):
 
 
 def make_sampler(model, mesh=(1, 1, 1)):
-  return sampling.Sampler(model, sharding.make_mesh(*mesh), FORBIDDEN)
+  return sampling.Sampler(model, sharding.make_mesh(*mesh), FORBIDDEN, **common.sampler())
 
 
 @pytest.fixture(scope='module')
@@ -92,6 +92,7 @@ def ask(prompt_R, max_new, prompts=PROMPTS, width=6, seed=0):
     key_R=keys(np.arange(prompt_R.size), seed),
     max_new_R=np.broadcast_to(np.asarray(max_new, np.int32), prompt_R.shape),
     numbers={},
+    temperature_R=None,
   )
 
 

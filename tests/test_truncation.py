@@ -17,6 +17,7 @@ import tiny
 from test_learner import assert_trees_close, gradient, hidden_of
 
 from reasonrl import learner, packing, sampling, sharding, types
+from reasonrl.configs import common
 from reasonrl.kernels.policy_loss import reference as twin
 
 MODEL = tiny.model()
@@ -41,7 +42,7 @@ PARAMS = parameters()
 
 
 def make(temperature, mesh='111'):
-  sampler = sampling.Sampler(MODEL, MESHES[mesh], FORBIDDEN)
+  sampler = sampling.Sampler(MODEL, MESHES[mesh], FORBIDDEN, **common.sampler())
   term = learner.Term(GRPO.token_loss, None, 'weight')
   student = tiny.make_learner(MODEL, PARAMS, term)
   return sampler, dataclasses.replace(
@@ -64,6 +65,7 @@ def sample(sampler, params, how, temperature, seed=0) -> types.Samples:
     key_R=sampling.row_keys(seed, 'train', 0, 0, 0, 0, np.arange(24), 0),
     max_new_R=np.full(24, 12, np.int32),
     numbers={},
+    temperature_R=None,
   )
   spec = types.Spec(temperature=temperature, stop_ids=(0,), controls=(), **fields)
   return sampler.generate(params, requests, spec, 0, lambda: None)

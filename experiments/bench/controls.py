@@ -40,7 +40,7 @@ def main(_) -> None:
   fields = {k: v for k, v in config.items() if k not in ('kind', 'weights')}
   model, mesh = decoder.Decoder(**fields), sharding.make_mesh(-1, 1, 1)
   params = jax.jit(model.init)(jax.random.key(0))
-  sampler = sampling.Sampler(model, mesh, (0,))  # the stop id is never drawn
+  sampler = sampling.Sampler(model, mesh, (0,), **common.sampler())  # the stop id is never drawn
   rng = np.random.default_rng(0)
   tokens = rng.integers(4, config.vocab_size, (rows, PROMPT), dtype=np.int32)
   row = np.arange(rows, dtype=np.int32)
@@ -61,6 +61,7 @@ def main(_) -> None:
       key_R=sampling.row_keys(0, 'train', 0, 0, 0, row, 0, 0),
       max_new_R=np.full(rows, new, np.int32),
       numbers={name: np.full(rows, n, np.int32) for name, n in numbers.items()},
+      temperature_R=None,
     )
     spec = types.Spec(1.0, 0, 1.0, 0.0, 0, (0,), applied)
     start = time.perf_counter()

@@ -51,9 +51,10 @@ def main(_) -> None:
     key_R=sampling.row_keys(0, 'train', 0, 0, 0, numbers, 0, 0),
     max_new_R=np.full(rows, new, np.int32),
     numbers={},
+    temperature_R=None,
   )
   # Token 0 is the stop id and forbidden, so every row runs to its cap.
-  sampler = sampling.Sampler(model, mesh, (0,))
+  sampler = sampling.Sampler(model, mesh, (0,), **common.sampler())
   spec = types.Spec(1.0, 0, TOP_P.value, 0.0, config.vocab_size, (0,), ())
   section = common.optim(1e-5).to_dict()
   student = learner.Learner(

@@ -80,7 +80,7 @@ class Scores(NamedTuple):
 def logits(hidden_RD, head_VD, bias_V, form):
   """float32 tempered logits z_RV: what the sampler draws from and the losses score."""
   scale, softcap, temperature, compute_dtype = form
-  z_RV = dense.contract(hidden_RD, head_VD, (1, 1), compute_dtype) * scale
+  z_RV = dense.project(hidden_RD, head_VD, compute_dtype) * scale
   return (softmax.cap(z_RV, softcap) + bias_V[None, :]) / temperature
 
 

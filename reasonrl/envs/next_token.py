@@ -295,6 +295,7 @@ class NextToken:
       key_R=key_R,
       max_new_R=np.full(prompt_R.size, most, np.int32),
       numbers={},
+      temperature_R=None,
     )
     samples = tools.generate(state['params'], requests, spec, self.slots)
     spans = list(zip(samples.prompt_length_R, samples.length_R, strict=True))

@@ -66,6 +66,7 @@ class SingleTurn:
       key_R=tools.row_keys(step, id_R, sample_R, 0),
       max_new_R=np.full(prompt_R.size, self.max_completion_length, np.int32),
       numbers={name: np.full(prompt_R.size, number, np.int32) for name, number in numbers.items()},
+      temperature_R=None,
     )
     spec = types.Spec.of(self, tools.tokenizer.eos_ids, applied)
     samples = tools.generate(state['params'], requests, spec, self.slots)

@@ -15,6 +15,7 @@ Left out on purpose: dropout and mutable collections.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from reasonrl import ops, records
+from reasonrl import caches, ops, records
 from reasonrl.models import rope
 
 ACTIVATIONS = {
@@ -39,38 +40,21 @@ def rms_norm(x, scale, eps: float, plus_one: bool):
   return (x32 * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
-def visible_slots(positions_BT, slots: int, window: int | None):
-  """bool [B, T, S] against a cache whose slot s holds the token at position s."""
-  slot = jnp.arange(slots)[None, None, :]
-  see = slot <= positions_BT[:, :, None]
-  if window is not None:
-    see &= positions_BT[:, :, None] - slot < window
-  return see
-
-
-def write_cache(cache_BKSC, new_BKTC, positions_BT, segments_BT):
-  """Put token t of row b into slot positions[b, t]; segment 0 is not written."""
-  if new_BKTC.shape[2] == 1:
-    # One token per row: in place on every platform. A finished row rewrites its last token's slot.
-    put = lambda cache, new, slot: jax.lax.dynamic_update_slice(cache, new, (0, slot, 0))
-    return jax.vmap(put)(cache_BKSC, new_BKTC, positions_BT[:, 0])
-  slots = jnp.where(segments_BT > 0, positions_BT, cache_BKSC.shape[2])
-  put = lambda cache, new, slot: cache.at[:, slot].set(new, mode='drop')
-  return jax.vmap(put)(cache_BKSC, new_BKTC, slots)
-
-
 class _Block(nn.Module):
-  """One layer; `cfg` is the Decoder, attend(q, k, v, cache) what its heads look at."""
+  """One layer; `cfg` is the Decoder.
+
+  attend(q, k, v, cache) is what its heads look at and the cache with k and v; `cache` is its own.
+  """
 
   cfg: Any
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segments_BT, attend, rotation, cache):
+  def __call__(self, x_BTD, attend, rotation, cache):
     cfg = self.cfg
     norm = lambda name: _Norm(cfg, cfg.width, name=name)
     h = norm('attn_norm')(x_BTD)
     attention = _Attention(cfg, name='attn')
-    h, cache = attention(h, positions_BT, segments_BT, attend, rotation, cache)
+    h, cache = attention(h, attend, rotation, cache)
     x_BTD = x_BTD + (norm('post_attn_norm')(h) if cfg.post_norms else h)
     h = _Mlp(cfg, name='mlp')(norm('mlp_norm')(x_BTD))
     return x_BTD + (norm('post_mlp_norm')(h) if cfg.post_norms else h), cache
@@ -113,23 +97,24 @@ class _Attention(nn.Module):
   cfg: Any
 
   @nn.compact
-  def __call__(self, h_BTD, positions_BT, segments_BT, attend, rotation, cache):
+  def __call__(self, h_BTD, attend, rotation, cache):
     cfg, (B, T, D) = self.cfg, h_BTD.shape
     H, K, C = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    linear = lambda n, name: _Linear(cfg, n * C, D, 1.0, cfg.qkv_bias, name=name)
-    q = linear(H, 'q')(h_BTD).reshape(B, T, H, C)
-    k = linear(K, 'k')(h_BTD).reshape(B, T, K, C)
-    v = linear(K, 'v')(h_BTD).reshape(B, T, K, C)
+
+    def project(heads, name):
+      y = _Linear(cfg, heads * C, D, 1.0, cfg.qkv_bias, name=name)(h_BTD)
+      return y.reshape(B, T, heads, C)
+
+    if self.has_variable('params', 'qkv'):  # see `Decoder.fused`
+      q, k, v = jnp.split(project(H + 2 * K, 'qkv'), (H, H + K), axis=2)
+    else:
+      q, k, v = project(H, 'q'), project(K, 'k'), project(K, 'v')
     if cfg.qk_norm:
       q, k = _Norm(cfg, C, name='q_norm')(q), _Norm(cfg, C, name='k_norm')(k)
     q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    if cache is not None:
-      cache = tuple(
-        write_cache(old, new, positions_BT, segments_BT)
-        for old, new in zip(cache, (k, v), strict=True)
-      )
-    out = attend(q, k, v, cache).swapaxes(1, 2).reshape(B, T, H * C)
+    out, cache = attend(q, k, v, cache)
+    out = out.swapaxes(1, 2).reshape(B, T, H * C)
     return _Linear(cfg, D, H * C, cfg.residual_init, False, name='o')(out), cache
 
 
@@ -140,9 +125,12 @@ class _Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    cfg = self.cfg
-    gate = _Linear(cfg, cfg.mlp_width, cfg.width, 1.0, False, name='gate')(x)
-    up = _Linear(cfg, cfg.mlp_width, cfg.width, 1.0, False, name='up')(x)
+    cfg, F = self.cfg, self.cfg.mlp_width
+    project = lambda n, name: _Linear(cfg, n, cfg.width, 1.0, False, name=name)(x)
+    if self.has_variable('params', 'gate_up'):  # see `Decoder.fused`
+      gate, up = jnp.split(project(2 * F, 'gate_up'), 2, axis=-1)
+    else:
+      gate, up = project(F, 'gate'), project(F, 'up')
     h = ACTIVATIONS[cfg.activation](gate) * up
     return _Linear(cfg, cfg.width, cfg.mlp_width, cfg.residual_init, False, name='down')(h)
 
@@ -202,7 +190,7 @@ class Decoder:
   # While decoding, weights are read once per token: a copy gathered over fsdp once per rollout.
   decode_sharding_rules = (
     (r'embed/weight|heads/lm/weight', ('tensor',)),
-    (r'(attn/[qkv]|mlp/gate|mlp/up)/weight', ('tensor',)),
+    (r'(attn/(qkv|[qkv])|mlp/(gate|up|gate_up))/weight', ('tensor',)),
     (r'(attn/o|mlp/down)/weight', (None, 'tensor')),
     (r'bias|scale', ()),
   )
@@ -265,15 +253,14 @@ class Decoder:
     """Fresh parameters in `param_dtype`."""
     dtype = jnp.dtype(self.param_dtype)
     keys = jax.random.split(key, self.num_layers + 2)
-    x, ids = jnp.zeros((1, 1, self.width)), jnp.zeros((1, 1), jnp.int32)
-    attend, rotation = lambda q, k, v, cache: q, (jnp.ones((1, 1, 1, self.head_dim // 2)),) * 2
+    x = jnp.zeros((1, 1, self.width))
+    attend = lambda q, k, v, cache: (q, cache)
+    rotation = (jnp.ones((1, 1, 1, self.head_dim // 2)),) * 2
     table = lambda key, std: std * jax.random.normal(key, (self.vocab_size, self.width))
     params = {
       'embed': {'weight': table(keys[0], 0.02).astype(dtype)},
       'layers': {
-        self._layer(i): _Block(self).init(keys[i + 2], x, ids, ids, attend, rotation, None)[
-          'params'
-        ]
+        self._layer(i): _Block(self).init(keys[i + 2], x, attend, rotation, None)['params']
         for i in range(self.num_layers)
       },
       'final_norm': _Norm(self, self.width).init(keys[0], x)['params'],
@@ -294,14 +281,32 @@ class Decoder:
       return tree | {'embed': tree['embed'] | {'weight': head_VD}}
     return tree | {'heads': tree['heads'] | {'lm': {'weight': head_VD}}}
 
-  def init_cache(self, rows: int, size: int):
-    """Zeroed keys and values: ([B,K,S,C], [B,K,S,C]) per layer; stacked on axis 0 if scanned."""
-    shape = (rows, self.num_kv_heads, size, self.head_dim)
+  def fused(self, params):
+    """Parameters for decoding: what is multiplied by the same vector becomes one matrix.
+
+    `hidden` takes either. Not for a mesh with a tensor axis, whose parts would mix q, k and v.
+    """
+    join = lambda *ws: jax.tree.map(lambda *x: jnp.concatenate(x), *ws)
+
+    def layer(tree):
+      attn, mlp = dict(tree['attn']), dict(tree['mlp'])
+      attn['qkv'] = join(attn.pop('q'), attn.pop('k'), attn.pop('v'))
+      mlp['gate_up'] = join(mlp.pop('gate'), mlp.pop('up'))
+      return tree | {'attn': attn, 'mlp': mlp}
+
+    return params | {'layers': {name: layer(tree) for name, tree in params['layers'].items()}}
+
+  def init_cache(self, rows: int, slots: int, dtype=None) -> caches.Cache:
+    """Without tokens. dtype None: the compute dtype; int8: quantised (see `caches`)."""
+    shape = (rows, self.num_kv_heads, slots, self.head_dim)
+    dtype = jnp.dtype(dtype or self.compute_dtype)
+    return caches.empty(self.num_layers, self.scan_layers, *shape, dtype)
+
+  def embed(self, params, tokens):
+    """What stands for tokens at the input: [..., D] in the compute dtype."""
     dtype = jnp.dtype(self.compute_dtype)
-    if self.scan_layers:
-      return tuple(jnp.zeros((self.num_layers, *shape), dtype) for _ in range(2))
-    zeros = lambda: jnp.zeros(shape, dtype)
-    return tuple((zeros(), zeros()) for _ in range(self.num_layers))
+    x = params['embed']['weight'][tokens].astype(dtype)
+    return x * jnp.asarray(math.sqrt(self.width), dtype) if self.embed_scale else x
 
   def hidden(
     self, params, inputs, positions_BT, segments_BT, cache=None, *, mesh=None, fresh=False
@@ -310,32 +315,29 @@ class Decoder:
 
     Args:
       params: as from `init`.
-      inputs: tokens_BT (integers) or embeds_BTD.
-      positions_BT: int32, restart at 0 in every segment; with a cache, the slots to write.
+      inputs: tokens_BT (integers) or embeds_BTD, as `embed` gives them.
+      positions_BT: int32, restart at 0 in every segment.
       segments_BT: int32, 0 = padding. Tokens see only their own segment.
       cache: None, or what `init_cache` or an earlier call returned. With a cache a row is one
-        sequence, slot s holds position s, and segment 0 is not written.
+        sequence, and segment 0 is not written.
       mesh: of the arrays; None: one device.
       fresh: nothing is in the cache yet, so that tokens see one another alone.
 
     Returns:
       hidden_BTD (compute dtype), cache (None if none was given).
     """
-    dtype = jnp.dtype(self.compute_dtype)
+    x = inputs.astype(jnp.dtype(self.compute_dtype))
     if jnp.issubdtype(inputs.dtype, jnp.integer):
-      x = params['embed']['weight'][inputs].astype(dtype)
-      if self.embed_scale:
-        x = x * jnp.asarray(math.sqrt(self.width), dtype)
-    else:
-      x = inputs.astype(dtype)
+      x = self.embed(params, inputs)
 
     def kind(window):  # what the layers of one window share
       rotation = rope.rotation(positions_BT, *self._frequencies(window))
-      slots = None if cache is None or fresh else jax.tree.leaves(cache)[0].shape[-2]
-      attend = self._attend(positions_BT, segments_BT, window, slots, mesh)
-      block = lambda weights, x, cache: _Block(self).apply(
-        {'params': weights}, x, positions_BT, segments_BT, attend, rotation, cache
-      )
+      attend = self._attend(positions_BT, segments_BT, window, cache, fresh, mesh)
+
+      def block(weights, x, own, shared):
+        look = functools.partial(attend, shared=shared)
+        return _Block(self).apply({'params': weights}, x, look, rotation, own)
+
       return jax.checkpoint(block) if self.remat else block
 
     kinds = {window: kind(window) for window in {self._window(i) for i in range(self.num_layers)}}
@@ -344,22 +346,38 @@ class Decoder:
     norm = params['final_norm']['scale']
     return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
 
-  def _attend(self, positions_BT, segments_BT, window, slots: int | None, mesh):
-    """(q, k, v, cache) -> what the heads see: their own row, or a cache of so many slots."""
+  def _attend(self, positions_BT, segments_BT, window, cache, fresh: bool, mesh):
+    """(q, k, v, own, shared) -> what the heads see, and `own` with k and v in it."""
     scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
-    form = (scale, self.attention_softcap)
-    if slots is None:
-      return lambda q, k, v, _: ops.self_attention(q, k, v, segments_BT, window, *form, mesh)
-    see_BTS = visible_slots(positions_BT, slots, window)
-    return lambda q, k, v, cache: ops.attention(q, *cache, see_BTS, *form)
+    form, base_B = (scale, self.attention_softcap), None if cache is None else cache.base_B()
+
+    def among_themselves(q, k, v, own, shared):
+      del shared
+      if own is not None:
+        own = caches.write(own, k, v, positions_BT - base_B[:, None], segments_BT)
+      return ops.self_attention(q, k, v, segments_BT, window, *form, mesh), own
+
+    if cache is None or fresh:
+      return among_themselves
+    see = [caches.visible(positions_BT, base_B, cache.slots, window), None]
+    if cache.shared is not None:
+      slots = jax.tree.leaves(cache.shared)[0].shape[-2]
+      see[1] = caches.visible(positions_BT, 0, slots, window, base_B)
+
+    def with_cache(q, k, v, own, shared):
+      own = caches.write(own, k, v, positions_BT - base_B[:, None], segments_BT)
+      return ops.decode_attention(q, own, see[0], shared, see[1], *form), own
+
+    return with_cache
 
   def _unrolled(self, kinds, layers, x, cache):
     new = []
     for i in range(self.num_layers):
-      old = None if cache is None else cache[i]
-      x, kv = kinds[self._window(i)](layers[self._layer(i)], x, old)
-      new.append(kv)
-    return x, None if cache is None else tuple(new)
+      own = None if cache is None else cache.own[i]
+      shared = None if cache is None or cache.shared is None else cache.shared[i]
+      x, own = kinds[self._window(i)](layers[self._layer(i)], x, own, shared)
+      new.append(own)
+    return x, None if cache is None else dataclasses.replace(cache, own=tuple(new))
 
   def _scanned(self, kinds, layers, x, cache):
     """lax.scan over stacked layers; the cache rides in the carry (as xs/ys it would be copied)."""
@@ -367,21 +385,18 @@ class Decoder:
     stacked = jax.tree.map(
       lambda *leaves: jnp.stack(leaves), *(layers[self._layer(i)] for i in range(self.num_layers))
     )
+    own, shared = (None, None) if cache is None else (cache.own, cache.shared)
 
     def body(carry, layer):
-      x, cache = carry
+      x, own = carry
       i, weights = layer
-      old = None
-      if cache is not None:
-        old = tuple(jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in cache)
-      x, new = block(weights, x, old)
-      if cache is not None:
-        update = jax.lax.dynamic_update_index_in_dim
-        cache = tuple(update(c, n, i, 0) for c, n in zip(cache, new, strict=True))
-      return (x, cache), None
+      of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+      x, new = block(weights, x, *(jax.tree.map(of_layer, part) for part in (own, shared)))
+      update = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+      return (x, jax.tree.map(update, own, new)), None
 
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.num_layers), stacked))
-    return x, cache
+    (x, own), _ = jax.lax.scan(body, (x, own), (jnp.arange(self.num_layers), stacked))
+    return x, None if cache is None else dataclasses.replace(cache, own=own)
 
   def _window(self, layer: int) -> int | None:
     n = self.sliding_window_pattern

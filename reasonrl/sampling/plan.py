@@ -1,0 +1,128 @@
+"""Which requests a program serves, on which device, with which prompts: host arrays of few shapes.
+
+Requests are sorted by prompt and dealt out in equal stretches, so a device needs few prompts. What
+is missing to a shape is filled with requests for 0 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from reasonrl import sharding, types
+
+
+class Arrays(NamedTuple):
+  """What a program is given: for each device of this process a stretch of P or R."""
+
+  tokens_PT: np.ndarray
+  length_P: np.ndarray
+  prompt_R: np.ndarray  # among the prompts of the same device
+  key_R: np.ndarray
+  max_new_R: np.ndarray
+  numbers: dict[str, np.ndarray]
+  temperature_R: np.ndarray | None
+
+
+class Wave(NamedTuple):
+  """One run of a program."""
+
+  arrays: Arrays
+  request: np.ndarray  # int [R]: which request each is, the number of all = none
+  rows: int  # of each device
+  width: int  # requests, one after the other, that share the cache of a prompt
+
+
+def _power_of_two(n: int) -> int:
+  """The least power of two that is at least n."""
+  return 1 << max(n - 1, 0).bit_length()
+
+
+def waves(
+  requests: types.Requests, slots: int, devices: int, longest: int, window: int
+) -> Iterator[Wave]:
+  """All requests in turn; the same number of waves, of the same shapes, on every process.
+
+  Args:
+    slots: rows of this process that serve them; 0: as many as there are requests.
+    devices: of this process, that rows are split over.
+    longest, window: tokens of a prompt and of a row, of all processes.
+  """
+  R = requests.prompt_R.size
+  most = sharding.agree(R)
+  order = np.argsort(requests.prompt_R, kind='stable')
+  if not slots or most <= slots:
+    width = _width(requests, most, devices)
+    per = -(-most // (width * devices))  # groups of a device
+    per = width * (_power_of_two(per) if slots else per)
+    if width > 1:
+      yield _wave(requests, order, devices, longest, per, per, width)
+      return
+  else:
+    width, per = 1, 0
+  rows = per or -(-slots // devices)
+  # The prompts of a program take no more memory than its rows.
+  prompts = devices * max(rows, rows * window // longest)
+  _, first = np.unique(requests.prompt_R[order], return_index=True)
+  count = sharding.agree(-(-first.size // prompts))
+  for i in range(count):
+    ends = [*first[i * prompts : (i + 1) * prompts + 1 : prompts], R][:2]
+    some = order[ends[0] : ends[1]] if i * prompts < first.size else order[:0]
+    here = sharding.agree(-(-some.size // devices))
+    yield _wave(
+      requests, some, devices, longest, _power_of_two(here) if slots else here, rows, width
+    )
+
+
+def _width(requests: types.Requests, most: int, devices: int) -> int:
+  """Requests that share a prompt: of the divisors of all counts, what leaves the fewest rows idle.
+
+  Of several the largest.
+  """
+  counts = np.unique(requests.prompt_R, return_counts=True)[1].tolist()
+  common = math.gcd(*(math.gcd(*counts) for counts in sharding.gather(counts)))
+  divisors = [w for w in range(1, common + 1) if common % w == 0]
+  rows = {w: -(-most // (w * devices)) * w for w in divisors}
+  return max(divisors or [1], key=lambda w: (-rows[w], w))
+
+
+def _wave(requests, order, devices: int, longest: int, per: int, rows: int, width: int) -> Wave:
+  """The requests of `order`, `per` of them on each device."""
+  R = requests.prompt_R.size
+  request = np.full((devices, per), R)
+  request.reshape(-1)[: order.size] = order
+  real = request < R
+  of = lambda x, fill: np.where(
+    real.reshape(*real.shape, *[1] * (x.ndim - 1)), x[np.minimum(request, R - 1)], fill
+  ).astype(x.dtype)
+  prompt = of(requests.prompt_R, 0)
+  if width > 1:
+    used = list(prompt[:, ::width])
+    place = np.broadcast_to(np.arange(per) // width, prompt.shape)
+  else:
+    used = [np.unique(row[mask]) for row, mask in zip(prompt, real, strict=True)]
+    place = np.stack([np.searchsorted(u, p) for u, p in zip(used, prompt, strict=True)])
+  P = sharding.agree(max(u.size for u in used))
+  P = min(per, _power_of_two(P)) if width == 1 else P
+  tokens = np.zeros((devices, P, longest), np.int32)
+  length = np.ones((devices, P), np.int32)
+  for d, u in enumerate(used):
+    tokens[d, : u.size, : requests.tokens_PT.shape[1]] = requests.tokens_PT[u]
+    length[d, : u.size] = requests.length_P[u]
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  temperature_R = requests.temperature_R
+  arrays = Arrays(
+    tokens_PT=flat(tokens),
+    length_P=flat(length),
+    prompt_R=flat(np.where(real, place, 0).astype(np.int32) if width == 1 else place).astype(
+      np.int32
+    ),
+    key_R=flat(of(requests.key_R, 0)),
+    max_new_R=flat(of(requests.max_new_R, 0)),
+    numbers={name: flat(of(x, 0)) for name, x in requests.numbers.items()},
+    temperature_R=None if temperature_R is None else flat(of(temperature_R, 1)),
+  )
+  return Wave(arrays, request.reshape(-1), min(rows, per), width)
