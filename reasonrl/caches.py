@@ -1,11 +1,14 @@
 """Keys and values of rows that are being decoded: what each row has, and what several rows share.
 
-A row's own slots hold its tokens one after the other; slot s holds position `base + s`, where base
-is 0, or the number of tokens that the row sees in the shared part. The B rows of a cache share its
-Q prefixes in order: the first B / Q rows the first one.
+A step writes one slot, the same in all rows, so the write is in place on every platform, whatever
+the lengths of the rows; `position_BS` says which token of its row a slot holds. A slot is free if
+no row needs what is in it. Where rows take tokens back, or are of different lengths when they
+begin, slots stay that only some rows use: `tidy` moves every row's tokens to the front.
 
-A layer's cache is [B, K, S, C], heads before slots: so a write of one token per row is in place on
-every platform. The layers of a scanned model are stacked in front.
+The B rows share Q prefixes in order, the first B / Q rows the first one.
+
+A layer's cache is [B, K, S, C], heads before slots. The layers of a scanned model are stacked in
+front.
 """
 
 from __future__ import annotations
@@ -31,29 +34,15 @@ class Cache:
   """What a decoder remembers."""
 
   own: tuple[Layer, ...] | Layer  # [B, K, S, C] a layer; scanned: one Layer [N, B, K, S, C]
-  shared: tuple[Layer, ...] | Layer | None  # [Q, K, P, C]
+  position_BS: jax.Array  # int32, of the token in each slot; -1: nothing
+  slot: jax.Array  # int32 scalar, where the next tokens go
+  shared: tuple[Layer, ...] | Layer | None  # [Q, K, P, C]; slot s holds position s
   length_Q: jax.Array | None  # int32, how many slots of the shared part its rows see
-
-  @property
-  def slots(self) -> int:
-    """S."""
-    return jax.tree.leaves(self.own)[0].shape[-2]
-
-  @property
-  def rows(self) -> int:
-    """B."""
-    return jax.tree.leaves(self.own)[0].shape[-4]
 
   @property
   def width(self) -> int:
     """Rows that share a prefix: B / Q; 1 where nothing is shared."""
-    return 1 if self.shared is None else self.rows // self.length_Q.size
-
-  def base_B(self):
-    """int32 [B]: the position of a row's slot 0."""
-    if self.shared is None:
-      return jnp.zeros(self.rows, jnp.int32)
-    return jnp.repeat(self.length_Q, self.width)
+    return 1 if self.shared is None else self.position_BS.shape[0] // self.length_Q.size
 
 
 def empty(layers: int, scanned: bool, rows: int, heads: int, slots: int, channels: int, dtype):
@@ -67,55 +56,117 @@ def empty(layers: int, scanned: bool, rows: int, heads: int, slots: int, channel
     return Stored(values, jnp.zeros((*lead, heads, 1, slots), jnp.float32))
 
   layer = lambda: Layer(stored(), stored())
-  return Cache(layer() if scanned else tuple(layer() for _ in range(layers)), None, None)
+  own = layer() if scanned else tuple(layer() for _ in range(layers))
+  return Cache(own, jnp.full((rows, slots), -1, jnp.int32), jnp.int32(0), None, None)
 
 
-def write(layer: Layer, keys_BKTC, values_BKTC, slots_BT, segments_BT) -> Layer:
-  """Puts token t of row b into slot slots[b, t]; segment 0 is not written."""
-  S = layer.keys.values_BKSC.shape[2]
-  if slots_BT.shape[1] == 1:
-    # One token per row: in place on every platform. A finished row rewrites its last token's slot.
-    put = jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice(x, new, (0, at, 0)))
-    scale = jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice(x, new, (0, 0, at)))
-    at = slots_BT[:, 0]
-  else:
-    put = jax.vmap(lambda x, new, at: x.at[:, at].set(new, mode='drop'))
-    scale = jax.vmap(lambda x, new, at: x.at[:, :, at].set(new, mode='drop'))
-    at = jnp.where(segments_BT > 0, slots_BT, S)
+def write(layer: Layer, keys_BKTC, values_BKTC, slot) -> Layer:
+  """Puts T tokens of every row into T slots from `slot` on."""
+
+  def put(x, new, at):
+    return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), at)
 
   def one(old: Stored, new) -> Stored:
     if old.scale_BK1S is None:
-      return Stored(put(old.values_BKSC, new.astype(old.values_BKSC.dtype), at), None)
-    new = ops.quantize(new)
-    return Stored(put(old.values_BKSC, new[0], at), scale(old.scale_BK1S, new[1], at))
+      return Stored(put(old.values_BKSC, new, (0, 0, slot, 0)), None)
+    values, scale = ops.quantize(new)
+    return Stored(
+      put(old.values_BKSC, values, (0, 0, slot, 0)), put(old.scale_BK1S, scale, (0, 0, 0, slot))
+    )
 
   return Layer(one(layer.keys, keys_BKTC), one(layer.values, values_BKTC))
 
 
-def visible(positions_BT, base, slots: int, window: int | None, length_B=None):
-  """bool [B, T, S]: the slots that a token sees, of which the first holds position `base`.
+def note(cache: Cache, positions_BT, segments_BT) -> Cache:
+  """The cache with these tokens in the next slots, as far as positions go.
 
-  base: int32 [B] or 0. length_B: slots that hold anything; None: all up to the token's own.
+  What a row had from the first of these positions on it has no more. Segment 0 is nobody's token.
   """
-  slot = jnp.arange(slots)[None, None, :]
-  at_BT1 = (positions_BT - jnp.reshape(base, (-1, 1)))[:, :, None]
-  see = slot <= at_BT1 if length_B is None else slot < length_B[:, None, None]
+  there_BT = segments_BT > 0
+  first_B = jnp.min(jnp.where(there_BT, positions_BT, jnp.iinfo(jnp.int32).max), axis=1)
+  old_BS = jnp.where(cache.position_BS >= first_B[:, None], -1, cache.position_BS)
+  new_BT = jnp.where(there_BT, positions_BT, -1)
+  position_BS = jax.lax.dynamic_update_slice(old_BS, new_BT, (0, cache.slot))
+  return dataclasses.replace(cache, position_BS=position_BS)
+
+
+def visible(cache: Cache, positions_BT, window: int | None):
+  """bool [B, T, S] and [B, T, P] (None without one): what tokens see of both parts."""
+  at_BT1 = positions_BT[:, :, None]
+  slot_B1S = cache.position_BS[:, None]
+  own = (slot_B1S >= 0) & (slot_B1S <= at_BT1)
   if window is not None:
-    see &= at_BT1 - slot < window
-  return see
+    own &= at_BT1 - slot_B1S < window
+  if cache.shared is None:
+    return own, None
+  slot = jnp.arange(jax.tree.leaves(cache.shared)[0].shape[-2])[None, None]
+  shared = slot < jnp.repeat(cache.length_Q, cache.width)[:, None, None]
+  if window is not None:
+    shared &= at_BT1 - slot < window
+  return own, jnp.broadcast_to(shared, (*positions_BT.shape, slot.shape[-1]))
 
 
-def _rows(x, rows, axis):
-  return jnp.take(x, rows, axis=axis, mode='clip')
+def find_slot(cache: Cache, needed_B) -> tuple[Cache, jax.Array]:
+  """The cache with its first free slot as the next one, and whether there is one.
+
+  needed_B: bool, rows whose tokens must stay.
+  """
+  used_BS = (cache.position_BS >= 0) & needed_B[:, None]
+  free_S = ~jnp.any(used_BS, axis=0)
+  slot = jnp.argmax(free_S).astype(jnp.int32)
+  return dataclasses.replace(cache, slot=slot), jnp.any(free_S)
+
+
+def used(cache: Cache, needed_B):
+  """The most slots that a row needs."""
+  return jnp.max(jnp.where(needed_B, jnp.sum(cache.position_BS >= 0, axis=1), 0))
+
+
+def tidy(cache: Cache) -> Cache:
+  """Every row's tokens in its first slots, in their order."""
+  last = jnp.iinfo(jnp.int32).max
+  key_BS = jnp.where(cache.position_BS < 0, last, cache.position_BS)
+  order_BS = jnp.argsort(key_BS, axis=1)
+
+  def move(x, axis):
+    at = order_BS.reshape(*[1] * (x.ndim - 4), order_BS.shape[0], 1, *_beside(order_BS, axis))
+    return jnp.take_along_axis(x, at, axis=axis)
+
+  own = _stored(cache.own, move)
+  position_BS = jnp.take_along_axis(cache.position_BS, order_BS, axis=1)
+  return dataclasses.replace(cache, own=own, position_BS=position_BS)
+
+
+def _beside(order_BS, axis: int) -> tuple[int, int]:
+  """The last two axes of an index along `axis`."""
+  return (order_BS.shape[1], 1) if axis == -2 else (1, order_BS.shape[1])
+
+
+def _stored(tree, function):
+  """function(array, its axis of slots) on every array."""
+
+  def one(stored: Stored) -> Stored:
+    scale = stored.scale_BK1S
+    return Stored(
+      function(stored.values_BKSC, -2), None if scale is None else function(scale, -1)
+    )
+
+  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Stored))
+
+
+def _take(tree, rows):
+  """Rows of layers; past the end: the last."""
+  return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4, mode='clip'), tree)
 
 
 def take(cache: Cache, rows_B, groups_Q=None) -> Cache:
   """Row i of the result is a copy of row rows_B[i], and prefix q of prefix groups_Q[q]."""
-  own = jax.tree.map(lambda x: _rows(x, rows_B, x.ndim - 4), cache.own)
-  if cache.shared is None:
-    return Cache(own, None, None)
-  shared = jax.tree.map(lambda x: _rows(x, groups_Q, x.ndim - 4), cache.shared)
-  return Cache(own, shared, cache.length_Q[groups_Q])
+  position_BS = jnp.take(cache.position_BS, rows_B, axis=0, mode='clip')
+  cache = dataclasses.replace(cache, own=_take(cache.own, rows_B), position_BS=position_BS)
+  if groups_Q is None:
+    return cache
+  length_Q = jnp.take(cache.length_Q, groups_Q, mode='clip')
+  return dataclasses.replace(cache, shared=_take(cache.shared, groups_Q), length_Q=length_Q)
 
 
 def put(cache: Cache, new: Cache, rows_B) -> Cache:
@@ -125,25 +176,29 @@ def put(cache: Cache, new: Cache, rows_B) -> Cache:
     at = (slice(None),) * (old.ndim - 4)
     return old.at[(*at, rows_B)].set(new, mode='drop')
 
-  return dataclasses.replace(cache, own=jax.tree.map(one, cache.own, new.own))
+  own = jax.tree.map(one, cache.own, new.own)
+  position_BS = cache.position_BS.at[rows_B].set(new.position_BS, mode='drop')
+  return dataclasses.replace(cache, own=own, position_BS=position_BS)
 
 
 def grow(cache: Cache, slots: int) -> Cache:
   """The cache with so many slots, at least as many as it has."""
 
-  def pad(x, axis):
+  def pad(x, axis, value=0):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, slots - x.shape[axis])
-    return jnp.pad(x, widths)
+    return jnp.pad(x, widths, constant_values=value)
 
-  def one(stored: Stored) -> Stored:
-    scale = stored.scale_BK1S
-    return Stored(pad(stored.values_BKSC, -2), None if scale is None else pad(scale, -1))
-
-  is_stored = lambda x: isinstance(x, Stored)
-  return dataclasses.replace(cache, own=jax.tree.map(one, cache.own, is_leaf=is_stored))
+  position_BS = pad(cache.position_BS, 1, -1)
+  return dataclasses.replace(cache, own=_stored(cache.own, pad), position_BS=position_BS)
 
 
-def share(prefixes: Cache, length_Q, rows: Cache) -> Cache:
-  """Rows without tokens behind prefixes, of whose slots they see the first length_Q."""
-  return Cache(rows.own, prefixes.own, length_Q)
+def share(prompts: Cache, length_P, own: Cache, prompt_Q=None) -> Cache:
+  """Rows without tokens behind the prompts, of whose slots they see the first length_P.
+
+  prompt_Q: which prompt each group of rows has; None: they are as many, in the same order.
+  """
+  shared = prompts.own
+  if prompt_Q is not None:
+    shared, length_P = _take(shared, prompt_Q), length_P[prompt_Q]
+  return dataclasses.replace(own, shared=shared, length_Q=length_P)

@@ -268,7 +268,7 @@ def test_bfloat16_logp_is_near_the_teacher_forced_one():
   gap = np.abs(out.logp_RS - want)[policy]
   assert gap.mean() < 0.02 and gap.max() < 0.2
   decode = sampler.layout(parameters(sampler.model))
-  assert decode['layers']['00']['attn']['q']['weight'].dtype == jnp.bfloat16
+  assert decode['layers']['00']['attn']['qkv']['weight'].dtype == jnp.bfloat16
   assert decode['final_norm']['scale'].dtype == jnp.float32
 
 

@@ -319,13 +319,15 @@ class Decoder:
       positions_BT: int32, restart at 0 in every segment.
       segments_BT: int32, 0 = padding. Tokens see only their own segment.
       cache: None, or what `init_cache` or an earlier call returned. With a cache a row is one
-        sequence, and segment 0 is not written.
+        sequence, its tokens go into the next slots, for which there must be room, and tokens of
+        segment 0 are nobody's.
       mesh: of the arrays; None: one device.
       fresh: nothing is in the cache yet, so that tokens see one another alone.
 
     Returns:
       hidden_BTD (compute dtype), cache (None if none was given).
     """
+    cache = None if cache is None else caches.note(cache, positions_BT, segments_BT)
     x = inputs.astype(jnp.dtype(self.compute_dtype))
     if jnp.issubdtype(inputs.dtype, jnp.integer):
       x = self.embed(params, inputs)
@@ -343,32 +345,27 @@ class Decoder:
     kinds = {window: kind(window) for window in {self._window(i) for i in range(self.num_layers)}}
     run = self._scanned if self.scan_layers else self._unrolled
     x, cache = run(kinds, params['layers'], x, cache)
+    if cache is not None:
+      cache = dataclasses.replace(cache, slot=cache.slot + positions_BT.shape[1])
     norm = params['final_norm']['scale']
     return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
 
   def _attend(self, positions_BT, segments_BT, window, cache, fresh: bool, mesh):
     """(q, k, v, own, shared) -> what the heads see, and `own` with k and v in it."""
     scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
-    form, base_B = (scale, self.attention_softcap), None if cache is None else cache.base_B()
+    form = (scale, self.attention_softcap)
+    if cache is None:
+      look = lambda q, k, v: ops.self_attention(q, k, v, segments_BT, window, *form, mesh)
+      return lambda q, k, v, own, shared: (look(q, k, v), None)
+    see = caches.visible(cache, positions_BT, window)
 
-    def among_themselves(q, k, v, own, shared):
-      del shared
-      if own is not None:
-        own = caches.write(own, k, v, positions_BT - base_B[:, None], segments_BT)
-      return ops.self_attention(q, k, v, segments_BT, window, *form, mesh), own
-
-    if cache is None or fresh:
-      return among_themselves
-    see = [caches.visible(positions_BT, base_B, cache.slots, window), None]
-    if cache.shared is not None:
-      slots = jax.tree.leaves(cache.shared)[0].shape[-2]
-      see[1] = caches.visible(positions_BT, 0, slots, window, base_B)
-
-    def with_cache(q, k, v, own, shared):
-      own = caches.write(own, k, v, positions_BT - base_B[:, None], segments_BT)
+    def attend(q, k, v, own, shared):
+      own = caches.write(own, k, v, cache.slot)
+      if fresh:
+        return ops.self_attention(q, k, v, segments_BT, window, *form, mesh), own
       return ops.decode_attention(q, own, see[0], shared, see[1], *form), own
 
-    return with_cache
+    return attend
 
   def _unrolled(self, kinds, layers, x, cache):
     new = []

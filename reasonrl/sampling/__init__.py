@@ -115,7 +115,7 @@ class Sampler:
       raise ValueError(f'prefill: {T} tokens do not fit a cache of {slots} slots')
 
     def local(params, tokens_BT, length_B):
-      cache = self._prefilled(params, tokens_BT, length_B, self._ladder(T, slots)[0])
+      cache = self._prefilled(params, tokens_BT, length_B, self._ladder(T + 1, slots)[0])
       return rows_lib.of_prompts(cache, tokens_BT, length_B, slots)
 
     return self._on_rows(local, self._state(), params, tokens_BT, length_B)
@@ -145,11 +145,11 @@ class Sampler:
     """
     if state.controls is not None and len(spec.controls) != len(state.controls):
       raise ValueError('decode: the controls of a state are those of its first decode')
-    now, window = state.cache.slots, state.tokens_BS.shape[1]
+    now, window = state.cache.position_BS.shape[1], state.tokens_BS.shape[1]
     sizes = [now, *(size for size in self._ladder(now, window) if size > now)]
 
     def local(params, state, max_new_B):
-      policy = self._policy(params, spec)
+      policy = self._policy(params, spec, wakes=True)
       state = rows_lib.begin(state, params, self.model, spec, max_new_B)
       bucket = loop.buckets(state.stop_B.size, 1, self.buckets)
       return loop.run(policy, state, sizes, bucket, None)[0]
@@ -180,6 +180,10 @@ class Sampler:
       slots = jnp.where(offsets < count_B[:, None], state.length_B[:, None] + offsets, S)
       put = lambda x, value: x.at[jnp.arange(B)[:, None], slots].set(value, mode='drop')
       tokens_BS = put(state.tokens_BS, tokens_BT)
+      # Room for all of them in every row.
+      cache = caches.tidy(caches.grow(state.cache, max(S + T, state.cache.position_BS.shape[1])))
+      slot = caches.used(cache, jnp.ones(B, bool)).astype(jnp.int32)
+      cache = dataclasses.replace(cache, slot=slot)
       # Feed the pending token and all new ones but the last, which becomes the pending one.
       positions = jnp.minimum(state.length_B[:, None] - 1 + offsets, S - 1)
       _, cache = self.model.hidden(
@@ -187,7 +191,7 @@ class Sampler:
         jnp.take_along_axis(tokens_BS, positions, axis=1),
         positions,
         (offsets < count_B[:, None]).astype(jnp.int32),
-        caches.grow(state.cache, S),
+        cache,
       )
       return dataclasses.replace(
         state,
@@ -227,7 +231,7 @@ class Sampler:
     for wave in plan.waves(requests, slots, sharding.row_multiple(self.mesh), T, window):
       poll()
       arrays = sharding.put_rows(wave.arrays, self.mesh)
-      done = self._sample(params, arrays, spec, wave.rows, wave.width, window)
+      done = self._sample(params, arrays, spec, *wave[2:], window)
       rows = sharding.fetch_rows(done)
       out.append((wave, rows))
     R = requests.prompt_R.size
@@ -255,18 +259,18 @@ class Sampler:
       kept_RSK=rows.get('kept'),
     )
 
-  @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
-  def _sample(self, params, arrays: plan.Arrays, spec, rows: int, width: int, window: int) -> dict:
-    """Requests to their ends. `rows`: of a device; `width`: requests that share a prompt's cache.
+  @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7))
+  def _sample(self, params, arrays, spec, rows: int, width: int, ordered: bool, window: int) -> dict:
+    """Requests to their ends. The arguments are what `plan.Wave` has.
 
     Returns:
       name -> array by request.
     """
 
     def local(params, arrays):
-      policy = self._policy(params, spec)
+      policy = self._policy(params, spec, wakes=False)
       tokens_PT, length_P = arrays.tokens_PT, arrays.length_P
-      P, T = tokens_PT.shape
+      T = tokens_PT.shape[1]
       asked = {'key_B': arrays.key_R, 'max_new_B': arrays.max_new_R, 'numbers': arrays.numbers}
       asked['temperature_B'] = arrays.temperature_R
       bucket = loop.buckets(rows, width, self.buckets)
@@ -276,18 +280,17 @@ class Sampler:
       )
       R = arrays.prompt_R.size
       all_R = loop.fresh(policy, queue, jnp.arange(R), window)
-      if width > 1:
-        sizes = self._ladder(1, window - T + 1)
-        own = self._empty(rows, sizes[0])
-        cache = caches.share(prompts, length_P - 1, own)
-        state = dataclasses.replace(all_R, cache=cache)
-        done, _ = loop.run(policy, state, sizes, bucket, None)
+      sizes = self._ladder(1, window - T)
+      own = self._empty(rows, sizes[0])
+      if rows == R:
+        prompt_Q = None if ordered else arrays.prompt_R[::width]
+        cache = caches.share(prompts, length_P - 1, own, prompt_Q)
+        done, _ = loop.run(policy, dataclasses.replace(all_R, cache=cache), sizes, bucket, None)
       else:
-        sizes = self._ladder(T, window)
         nothing_B = jnp.full(rows, R, jnp.int32)
+        cache = caches.share(prompts, length_P - 1, own, jnp.zeros(rows, jnp.int32))
         queue = queue._replace(request_B=nothing_B, done=all_R)
-        state = loop.fresh(policy, queue, nothing_B, window)
-        state = dataclasses.replace(state, cache=self._empty(rows, sizes[0]))
+        state = dataclasses.replace(loop.fresh(policy, queue, nothing_B, window), cache=cache)
         done = loop.run(policy, state, sizes, bucket, queue)[1].done
       names = ('tokens_BS', 'source_BS', 'logp_BS', 'plain_BS', 'entropy_BS', 'length_B', 'stop_B')
       names += () if done.kept_BSK is None else ('kept_BSK', 'size_B')
@@ -300,11 +303,12 @@ class Sampler:
   def _ladder(self, needed: int, last: int) -> list[int]:
     return loop.ladder(needed, self.segment, last)
 
-  def _policy(self, params, spec) -> loop.Policy:
+  def _policy(self, params, spec, wakes: bool) -> loop.Policy:
     tensor, V = self.mesh.shape['tensor'], self.model.vocab_size
     shards = tensor if V % tensor == 0 else 1  # else the head is whole: see `sharding.param_specs`
     together = ('data', 'fsdp') if self._split and tensor > 1 else ()
-    return loop.Policy(self.model, params, self.forbidden, self.form(1.0), spec, shards, together)
+    form = self.form(1.0)
+    return loop.Policy(self.model, params, self.forbidden, form, spec, shards, together, wakes)
 
   @property
   def _split(self) -> bool:
@@ -360,4 +364,5 @@ class Sampler:
     """How a state is split: by rows, behind the layers of a scanned model."""
     cache = PartitionSpec(None, *types.ROWS) if self.model.scan_layers else types.ROWS
     fields = dict.fromkeys((field.name for field in dataclasses.fields(State)), types.ROWS)
-    return State(**fields | {'cache': caches.Cache(cache, cache, types.ROWS)})
+    cache = caches.Cache(cache, types.ROWS, PartitionSpec(), cache, types.ROWS)
+    return State(**fields | {'cache': cache})

@@ -1,9 +1,10 @@
 """The loop of the sampler: one step for all rows, and which rows run it with how large a cache.
 
-    for slots in the ladder:                     the cache grows, a static shape at a time
-      while a row lives and all rows fit:        all rows; free ones take waiting requests
-      for fewer rows:                            once what lives fits them, it moves there
-        while a row lives and all rows fit: step
+    for slots in the ladder:            the cache grows, a static shape at a time
+      while they suffice:
+        while a slot is free:           all rows; those that have stopped take waiting requests
+        for fewer rows:                 once what lives fits them, it moves there
+          while a slot is free: step
 
 Every level is a `while_loop` of the one program. A level that is not wanted runs zero times, which,
 unlike a `cond`, copies no cache. All of this is on the rows of one device, and devices that hold
@@ -46,6 +47,7 @@ class Policy(NamedTuple):
   spec: types.Spec
   shards: int  # of the vocabulary, see `drawing`
   together: tuple[str, ...]  # mesh axes over which devices must run the same steps
+  wakes: bool  # rows that have stopped may go on some day, so that their caches must stay
 
   def all(self, holds):
     """Whether it holds on all of those devices."""
@@ -54,10 +56,14 @@ class Policy(NamedTuple):
   def any(self, holds):
     return ~self.all(~holds)
 
+  def needed(self, state: State):
+    """bool [B]: rows whose cache must stay."""
+    return jnp.ones_like(state.live_B) if self.wakes else state.live_B
+
 
 def step(policy: Policy, state: State) -> State:
   """One more token for every live row."""
-  model, params, forbidden, form, spec, shards, _ = policy
+  model, params, forbidden, form, spec, shards = policy[:6]
   B, S = state.tokens_BS.shape
   rows_B, stop_ids = jnp.arange(B), jnp.asarray(spec.stop_ids, jnp.int32)
   live_B, position_B = state.live_B, state.length_B - 1
@@ -65,8 +71,9 @@ def step(policy: Policy, state: State) -> State:
     inputs = jnp.take_along_axis(state.tokens_BS, position_B[:, None], axis=1)
   else:
     inputs = state.input_BD[:, None]
+  cache, _ = caches.find_slot(state.cache, policy.needed(state))
   hidden_B1D, cache = model.hidden(
-    params, inputs, position_B[:, None], live_B[:, None].astype(jnp.int32), state.cache
+    params, inputs, position_B[:, None], live_B[:, None].astype(jnp.int32), cache
   )
   bias_V = ops.forbid(model.vocab_size, forbidden)
   plain_BV = z_BV = ops.logits(hidden_B1D[:, 0], model.head(params), bias_V, form)
@@ -130,8 +137,10 @@ def _mixed(policy: Policy, applied, numbers, view, drawn, token_B):
 def ladder(needed: int, segment: int, last: int) -> list[int]:
   """Sizes of a cache that must hold `needed` slots now and `last` in the end.
 
-  `segment` slots, doubled each time; the last step is not shorter than a third.
+  `segment` slots, doubled each time; the last step is not shorter than a third. Multiples of 16,
+  which products of a CPU need to be fast.
   """
+  last = max(1, last) + -max(1, last) % 16
   sizes, size = [], segment
   while 4 * size <= 3 * last:
     if size >= needed:
@@ -173,15 +182,20 @@ def run(policy: Policy, state: State, sizes: list[int], bucket: list, queue: Que
   """All rows to their ends; with a queue, all its requests. Returns both."""
   for size in sizes:
     state = dataclasses.replace(state, cache=caches.grow(state.cache, size))
-    state, queue = _segment(policy, state, size, bucket, queue)
+    state, queue = _segment(policy, state, size, size == sizes[-1], bucket, queue)
   return state, None if queue is None else _collect(state, queue)
 
 
-def _segment(policy, state, size, bucket, queue):
-  """Until all rows have stopped, or one needs more slots."""
+def _segment(policy, state, size, last: bool, bucket, queue):
+  """Until all rows have stopped, or these slots do not suffice."""
 
   def fits(state):
-    return policy.all(jnp.all(state.slot_B < size))
+    return policy.all(caches.find_slot(state.cache, policy.needed(state))[1])
+
+  def enough(state):
+    """Whether there is a slot, or would be many (in the end: one) if rows were tidy."""
+    needs = caches.used(state.cache, policy.needed(state))
+    return fits(state) | policy.all(needs < (size if last else 3 * size // 4))
 
   def smaller(state, i):
     """Whether the live rows fit bucket i."""
@@ -195,19 +209,32 @@ def _segment(policy, state, size, bucket, queue):
     going = lambda state: fits(state) & ~smaller(state, i + 1)
     return jax.lax.while_loop(going, lambda state: step(policy, state), state)
 
-  if queue is None:
-    state = steps(state, 0)
-  else:
-    state, queue = _serve(policy, state, queue, fits, lambda state: smaller(state, 1))
-  for i in range(1, len(bucket)):
+  def going(carry):
+    state, queue = carry
+    live = policy.any(jnp.any(state.live_B))
+    if queue is not None:
+      live |= policy.any(queue.next < queue.prompt_R.size)
+    return live & enough(state)
 
-    def visit(state, i=i):
-      few, rows_b = rows_lib.compact(state, *bucket[i])
-      return rows_lib.put(state, steps(few, i), rows_b)
+  def visit(carry):
+    state, queue = carry
+    tidied = lambda state: dataclasses.replace(state, cache=caches.tidy(state.cache))
+    state = jax.lax.while_loop(lambda state: ~fits(state), tidied, state)
+    if queue is None:
+      state = steps(state, 0)
+    else:
+      state, queue = _serve(policy, state, queue, fits, lambda state: smaller(state, 1))
+    for i in range(1, len(bucket)):
 
-    wanted = lambda state, i=i: fits(state) & smaller(state, i) & ~smaller(state, i + 1)
-    state = jax.lax.while_loop(wanted, visit, state)
-  return state, queue
+      def fewer(state, i=i):
+        few, rows_b = rows_lib.compact(state, *bucket[i])
+        return rows_lib.put(state, steps(few, i), rows_b)
+
+      wanted = lambda state, i=i: fits(state) & smaller(state, i) & ~smaller(state, i + 1)
+      state = jax.lax.while_loop(wanted, fewer, state)
+    return state, queue
+
+  return jax.lax.while_loop(going, visit, (state, queue))
 
 
 def _serve(policy, state, queue, fits, smaller):
@@ -266,7 +293,7 @@ def refill(policy: Policy, state: State, queue: Queue) -> tuple[State, Queue]:
   came = jnp.sum(free_B & (request_B < R))
   prompt_B = jnp.take(queue.prompt_R, request_B, mode='clip')
 
-  def copy(i, own):
+  def copy(i, shared):
     row = order_B[i]
 
     def one(x, prompts):
@@ -279,9 +306,14 @@ def refill(policy: Policy, state: State, queue: Queue) -> tuple[State, Queue]:
         new = jnp.where(i < came, new, old)
       return jax.lax.dynamic_update_slice(x, new, at)
 
-    return jax.tree.map(one, own, queue.prompts.own)
+    return jax.tree.map(one, shared, queue.prompts.own)
 
   most = jax.lax.pmax(came, policy.together) if policy.together else came
-  own = jax.lax.fori_loop(0, most, copy, state.cache.own)
-  state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, own=own))
+  cache = dataclasses.replace(
+    state.cache,
+    shared=jax.lax.fori_loop(0, most, copy, state.cache.shared),
+    length_Q=jnp.where(free_B, state.length_B - 1, state.cache.length_Q),
+    position_BS=jnp.where(free_B[:, None], -1, state.cache.position_BS),
+  )
+  state = dataclasses.replace(state, cache=cache)
   return state, queue._replace(request_B=request_B, next=queue.next + came.astype(jnp.int32))

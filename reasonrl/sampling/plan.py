@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from reasonrl import sharding, types
@@ -34,6 +35,7 @@ class Wave(NamedTuple):
   request: np.ndarray  # int [R]: which request each is, the number of all = none
   rows: int  # of each device
   width: int  # requests, one after the other, that share the cache of a prompt
+  ordered: bool  # whether each of these groups has the next prompt
 
 
 def _power_of_two(n: int) -> int:
@@ -91,38 +93,35 @@ def _width(requests: types.Requests, most: int, devices: int) -> int:
 
 def _wave(requests, order, devices: int, longest: int, per: int, rows: int, width: int) -> Wave:
   """The requests of `order`, `per` of them on each device."""
-  R = requests.prompt_R.size
-  request = np.full((devices, per), R)
-  request.reshape(-1)[: order.size] = order
-  real = request < R
-  of = lambda x, fill: np.where(
-    real.reshape(*real.shape, *[1] * (x.ndim - 1)), x[np.minimum(request, R - 1)], fill
-  ).astype(x.dtype)
-  prompt = of(requests.prompt_R, 0)
-  if width > 1:
-    used = list(prompt[:, ::width])
-    place = np.broadcast_to(np.arange(per) // width, prompt.shape)
-  else:
-    used = [np.unique(row[mask]) for row, mask in zip(prompt, real, strict=True)]
-    place = np.stack([np.searchsorted(u, p) for u, p in zip(used, prompt, strict=True)])
-  P = sharding.agree(max(u.size for u in used))
-  P = min(per, _power_of_two(P)) if width == 1 else P
+  count = order.size
+
+  def deal(x, fill=0):
+    """[devices, per, ...]: x of each request."""
+    out = np.full((devices * per, *x.shape[1:]), fill, x.dtype)
+    out[:count] = x[order]
+    return out.reshape(devices, per, *x.shape[1:])
+
+  real = np.arange(devices * per).reshape(devices, per) < count
+  prompt = deal(requests.prompt_R)
+  used = [np.unique(row[mask]) for row, mask in zip(prompt, real, strict=True)]
+  place = np.stack([np.searchsorted(u, p) for u, p in zip(used, prompt, strict=True)])
+  P = min(per // width, _power_of_two(sharding.agree(max(u.size for u in used))))
   tokens = np.zeros((devices, P, longest), np.int32)
   length = np.ones((devices, P), np.int32)
   for d, u in enumerate(used):
     tokens[d, : u.size, : requests.tokens_PT.shape[1]] = requests.tokens_PT[u]
     length[d, : u.size] = requests.length_P[u]
-  flat = lambda x: x.reshape(-1, *x.shape[2:])
-  temperature_R = requests.temperature_R
+  groups = np.broadcast_to(np.arange(per // width), place[:, ::width].shape)
+  mixed = np.any((place[:, ::width] != groups) & real[:, ::width]) or P < per // width
   arrays = Arrays(
-    tokens_PT=flat(tokens),
-    length_P=flat(length),
-    prompt_R=flat(np.where(real, place, 0).astype(np.int32) if width == 1 else place).astype(
-      np.int32
-    ),
-    key_R=flat(of(requests.key_R, 0)),
-    max_new_R=flat(of(requests.max_new_R, 0)),
-    numbers={name: flat(of(x, 0)) for name, x in requests.numbers.items()},
-    temperature_R=None if temperature_R is None else flat(of(temperature_R, 1)),
+    tokens_PT=tokens,
+    length_P=length,
+    prompt_R=np.where(real, place, 0).astype(np.int32),
+    key_R=deal(requests.key_R),
+    max_new_R=deal(requests.max_new_R),
+    numbers={name: deal(x) for name, x in requests.numbers.items()},
+    temperature_R=None if requests.temperature_R is None else deal(requests.temperature_R, 1),
   )
-  return Wave(arrays, request.reshape(-1), min(rows, per), width)
+  arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+  request = np.where(real, deal(np.arange(requests.prompt_R.size)), requests.prompt_R.size)
+  return Wave(arrays, request.reshape(-1), min(rows, per), width, sharding.agree(int(mixed)) == 0)

@@ -41,11 +41,6 @@ class State:
   def live_B(self):
     return self.stop_B == RUNNING
 
-  @property
-  def slot_B(self):
-    """int32 [B]: the slot of the cache that the next step writes."""
-    return self.length_B - 1 - self.cache.base_B()
-
 
 def of_prompts(cache, tokens_BT, length_B, window: int) -> State:
   """Rows that hold a prompt each and may grow to `window` tokens."""
@@ -160,9 +155,7 @@ def compact(state: State, count: int, width: int) -> tuple[State, Any]:
   slot_QW = (first_Q[:, None] + rank_QW // width) * width + rank_QW % width
   slot_B = jnp.where(live_QW, slot_QW, count).reshape(-1)
   rows_b = jnp.full(count, B, jnp.int32).at[slot_B].set(jnp.arange(B, dtype=jnp.int32), mode='drop')
-  groups_q = None
-  if state.cache.shared is not None:
-    groups_q = jnp.minimum(rows_b[::width] // W, B // W - 1)
+  groups_q = None if state.cache.shared is None else rows_b[::width] // W
   moved = take(state, rows_b, groups_q)
   stop_b = jnp.where(rows_b < B, moved.stop_B, LENGTH)
   return dataclasses.replace(moved, stop_B=stop_b), rows_b
