@@ -674,6 +674,7 @@ def controls(*names: str) -> ConfigDict:
     },
     'force': {'text': '', 'forced': -1},  # how a completion begins; tokens of it, -1 = all
     'forbid': {'texts': (), 'forbidden': -1},  # for so many tokens, -1 = all
+    'stop_strings': {'texts': ()},  # a completion ends behind the token that completes one
   }
   return ConfigDict({name: fields[name] for name in names})
 

@@ -147,9 +147,7 @@ def _stored(tree, function):
 
   def one(stored: Stored) -> Stored:
     scale = stored.scale_BK1S
-    return Stored(
-      function(stored.values_BKSC, -2), None if scale is None else function(scale, -1)
-    )
+    return Stored(function(stored.values_BKSC, -2), None if scale is None else function(scale, -1))
 
   return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Stored))
 

@@ -30,7 +30,7 @@ def ids_of(tokenizer, completion: records.Completion, prefill: str, text: str) -
   `prefill` is the beginning of both texts that the prompt holds.
   """
   ids = list(completion.token_ids)
-  stopped = completion.stop == records.Stop.EOS
+  stopped = completion.stop == records.Stop.EOS and ids[-1] in tokenizer.eos_ids
   if stopped and text == completion.text:
     return ids
   said = ids[:-1] if stopped else ids

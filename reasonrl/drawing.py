@@ -87,7 +87,10 @@ def _largest(weight_BV, k: int, shards: int):
   B, V = weight_BV.shape
   n = V // shards
   value, index = jax.lax.top_k(weight_BV.reshape(B, shards, n), min(k, n))
-  value, index = value.reshape(B, -1), (index + n * jnp.arange(shards)[None, :, None]).reshape(B, -1)
+  value, index = (
+    value.reshape(B, -1),
+    (index + n * jnp.arange(shards)[None, :, None]).reshape(B, -1),
+  )
   if shards == 1:
     return value, index
   value, at = jax.lax.top_k(value, min(k, V))

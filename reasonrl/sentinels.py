@@ -25,7 +25,8 @@ SHOWN_EVERY = 10  # steps
 # Bounds on |log pi_trainer - log pi_sampler|. In bfloat16 single unlikely tokens differ by more
 # than 1 without a bug, so there the mean is watched: over the GRPO steps of SmolLM2-135M it was at
 # most 0.017 (experiments/r1_zero_smollm2).
-MISMATCH = {'float32': ('mismatch/max', 1e-4), 'bfloat16': ('mismatch/mean', 0.05)}
+MISMATCH = {'float32': ('mismatch/max', 1e-4)}
+MISMATCH |= dict.fromkeys(('bfloat16', 'int8'), ('mismatch/mean', 0.05))
 # Bounds on |ratio - 1| where old_logp came from the scoring path: two programs for one function.
 # In bfloat16 single tokens are off by 0.15 without a bug, the mean by 0.0014 (SmolLM2-135M, CPU).
 RATIO = {'float32': ('ratio_gap_max', 1e-4), 'bfloat16': ('ratio_gap', 0.02)}
@@ -46,6 +47,7 @@ class Facts(NamedTuple):
   """What conditions know besides the row."""
 
   compute_dtype: str
+  cache_dtype: str  # of the sampler
   at_reference: bool  # the policy that sampled still was the reference
   old_policy: str  # see `wiring.Phase.old_policy`
   learning: bool  # the learning rate is above 0
@@ -92,7 +94,7 @@ def _above(row: dict, name: str, limit: float) -> bool:
 
 
 def _mismatch(row, facts):
-  name, limit = MISMATCH[facts.compute_dtype]
+  name, limit = MISMATCH[facts.cache_dtype]
   bad = facts.synced and _above(row, name, limit)
   return f'sampler and trainer log-probabilities differ: {name} {row[name]:.1e}' if bad else ''
 

@@ -204,6 +204,7 @@ def run_phase(run: Run, index: int, resume, best: float) -> float:
   def facts(step):
     return sentinels.Facts(
       compute_dtype=student.model.compute_dtype,
+      cache_dtype=setup.samplers[section.trains].dtype,
       at_reference=step == 1 and phase.starts_at_reference,
       old_policy=phase.old_policy,
       learning=phases.updates(section) and section.optim.learning_rate > 0,

@@ -345,16 +345,73 @@ def test_strings_without_tokens(name):
       control(ids=())
 
 
+# ------------------------------------------------------------------------------------ stop strings
+
+
+class Cuts:
+  """Texts cut in every way: single letters and pairs of them, and a token that says nothing."""
+
+  pieces = (*'abcx', *(a + b for a in 'abcx' for b in 'abcx'), '', ' a')
+  vocab_size = len(pieces)
+
+  def encode(self, text):
+    return [self.pieces.index(c) for c in text]
+
+  def decode(self, ids, skip_special):
+    assert not skip_special
+    return ''.join(self.pieces[i] for i in ids)
+
+
+@pytest.mark.parametrize('texts', [('aba',), ('abab', 'ba'), ('aab', 'abx', 'x a'), ('c',)])
+def test_a_row_stops_where_its_text_first_holds_one(texts):
+  """Against a search in the text after each token, over random tokens."""
+  tokenizer, rng = Cuts(), np.random.default_rng(0)
+  control = controls.StopStrings.of(tokenizer, texts)
+  stops, found = jax.jit(control.stops), 0
+  # The empty token is left out: see the docstring.
+  tokens_BS = rng.choice([i for i in range(tokenizer.vocab_size) if tokenizer.pieces[i]], (200, 12))
+  start = 3
+  for n in range(start, 12):
+    length = jnp.full(200, n)
+    got = stops(
+      controls.View(jnp.asarray(tokens_BS), length, jnp.full(200, start)), tokens_BS[:, n]
+    )
+    for b in range(200):
+      said = tokenizer.decode(tokens_BS[b, start : n + 1], False)
+      before = tokenizer.decode(tokens_BS[b, start:n], False)
+      if any(text in before for text in texts):
+        continue  # it has stopped
+      want = any(text in said for text in texts)
+      assert bool(got[b]) == want, (said, texts)
+      found += want
+  assert found > 20
+
+
+def test_stop_strings_of_a_config():
+  tokenizer = tokenizers.Bytes()
+  (control,), given = controls.build(section('stop_strings', texts=('ab', 'b!')), tokenizer)
+  assert (
+    given == {} and control.longest == 2 and hash(control) == hash(dataclasses.replace(control))
+  )
+  for texts in ('ab', (), ('a', '')):
+    with pytest.raises(records.UserError, match='must be a tuple of strings, none of them empty'):
+      controls.build(section('stop_strings', texts=texts), tokenizer)
+
+
 # ------------------------------------------------------------------------------------ in the graph
 
 
-@pytest.fixture(scope='module')
-def sampler():
+@pytest.fixture(scope='module', params=['whole', 'in pieces'])
+def sampler(request):
+  """Also with a cache that grows, is tidied, and rows that move together."""
   fields = {**common.model('nano').to_dict(), 'vocab_size': 8, 'num_layers': 1, 'width': 16}
   fields |= {'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8, 'mlp_width': 16}
   names = [f.name for f in dataclasses.fields(decoder.Decoder)]
   model = decoder.Decoder(**{name: fields[name] for name in names})
-  return sampling.Sampler(model, sharding.make_mesh(1, 1, 1), (), **common.sampler())
+  how = common.sampler()
+  if request.param == 'in pieces':
+    how.segment, how.buckets = 8, 2
+  return sampling.Sampler(model, sharding.make_mesh(1, 1, 1), (), **how)
 
 
 @pytest.fixture(scope='module')
@@ -362,7 +419,7 @@ def params(sampler):
   return jax.tree.map(lambda x: 3.0 * x, sampler.model.init(jax.random.key(0)))
 
 
-def generate(sampler, params, control, given, rows=24, new=20, temperature=1.0, slots=0):
+def generate(sampler, params, control, given, rows=24, new=20, temperature=1.0, slots=0, **more):
   requests = types.Requests(
     tokens_PT=np.array([[6, 7, 0], [5, 6, 7]], np.int32),
     length_P=np.array([2, 3], np.int32),
@@ -372,6 +429,7 @@ def generate(sampler, params, control, given, rows=24, new=20, temperature=1.0, 
     numbers={name: np.broadcast_to(np.int32(v), rows) for name, v in given.items()},
     temperature_R=None,
   )
+  requests = dataclasses.replace(requests, **more)
   spec = types.Spec(temperature, 0, 1.0, 0.0, 0, (EOS,), control)
   return sampler.generate(params, requests, spec, slots, lambda: None)
 
@@ -485,3 +543,72 @@ def test_force_and_forbid(sampler, params):
   assert not any({EOS, CLOSE} & set(said) for said, _, _ in rows_of(never))
   free = generate(sampler, params, (), {})
   assert any({EOS, CLOSE} & set(said[:8]) for said, _, _ in rows_of(free))
+
+
+# ------------------------------------------------------------------------------------ mixtures
+
+
+@dataclasses.dataclass(frozen=True)
+class Soft(controls.Control):
+  """Feeds the mixture of the `most` likeliest embeddings, to rows whose number says so."""
+
+  MIXES = True
+  NUMBERS = ('soft',)
+  most: int
+
+  def mix(self, state, numbers, view, drawn, token_B):
+    weight_BK, id_BK = jax.lax.top_k(drawn.weight_BV, self.most)
+    return numbers['soft'] > 0, weight_BK / weight_BK.sum(-1, keepdims=True), id_BK
+
+
+def test_a_mixture_of_one_is_its_token(sampler, params):
+  plain = generate(sampler, params, (), {}, temperature=0.0)
+  mixed = generate(sampler, params, (Soft(1),), {'soft': 1}, temperature=0.0)
+  np.testing.assert_array_equal(mixed.tokens_RS, plain.tokens_RS)
+  np.testing.assert_allclose(mixed.logp_RS, plain.logp_RS, atol=1e-5)
+
+
+@pytest.mark.parametrize('slots', [0, 5])
+def test_mixed_embeddings_are_what_the_model_reads(sampler, params, slots):
+  """Every row against a forward pass over the embeddings that its draws say."""
+  soft = np.arange(24) % 3 > 0
+  new = np.arange(24) % 7 + 6
+  more = {'max_new_R': new.astype(np.int32)}
+  out = generate(sampler, params, (Soft(3),), {'soft': soft}, slots=slots, **more)
+  model, differs = sampler.model, 0
+  for r in range(24):
+    start, end = int(out.prompt_length_R[r]), int(out.length_R[r])
+    x = np.array(model.embed(params, jnp.asarray(out.tokens_RS[r, :end])))[None]
+    at = jnp.arange(end)[None]
+    for t in range(start, end):
+      hidden, _ = model.hidden(params, jnp.asarray(x), at, jnp.ones_like(at), None)
+      logp = jax.nn.log_softmax(hidden[0, t - 1] @ model.head(params).T * model.logit_scale)
+      assert out.logp_RS[r, t] == pytest.approx(float(logp[out.tokens_RS[r, t]]), abs=1e-4)
+      if soft[r]:
+        weight, ids = jax.lax.top_k(jnp.exp(logp), 3)
+        mixture = (weight / weight.sum()) @ model.embed(params, ids)
+        differs += np.abs(x[0, t] - mixture).max() > 0.1
+        x[0, t] = mixture
+  assert differs > 50
+
+
+def test_controls_mixtures_and_temperatures_by_row_in_any_layout(sampler, params):
+  """Budgets, a stop text, a mixture and temperatures together: all at once, and by few rows."""
+  stop = controls.StopStrings(
+    3, 2, np.asarray([[0] * 5 + [1, 0, 0], [0] * 6 + [2, 0], [2] * 8], np.int16).tobytes()
+  )
+  given = numbers(np.arange(24) % 5 + 2, 0, np.arange(24) % 2) | {'soft': np.arange(24) % 2}
+  temperature = np.asarray([0.0, 0.5, 1.0, 2.0], np.float32)[np.arange(24) % 4]
+  run = lambda slots: generate(
+    sampler, params, (BUDGET, stop, Soft(2)), given, slots=slots, temperature_R=temperature
+  )
+  whole = run(0)
+  said = list(rows_of(whole))
+  assert len({len(ids) for ids, _, _ in said}) > 4
+  ends = [ids for ids, _, _ in said if ids[-2:] == [5, 6]]
+  assert ends and all((5, 6) not in zip(ids[:-1], ids[1:-1], strict=False) for ids, _, _ in said)
+  for slots in (3, 8):
+    other = run(slots)
+    for name in ('tokens_RS', 'length_R', 'stop_R', 'source_RS'):
+      np.testing.assert_array_equal(getattr(other, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(other.logp_RS, whole.logp_RS, atol=1e-4)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from reasonrl import drawing, types
+from reasonrl import drawing, sharding, types
 
 V = 24
 
@@ -15,6 +16,12 @@ def spec(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 inverse_cdf = jax.jit(drawing.inverse_cdf)
+
+
+def draw(z_BV, u_B, how):
+  """Token, log-probability and weights."""
+  drawn = drawing.draw(z_BV, z_BV, u_B, how)
+  return drawn.token_B, drawn.logp_B, drawn.weight_BV
 
 
 @pytest.mark.parametrize(
@@ -140,7 +147,7 @@ FIVE = (0.1, 0.4, 0.05, 0.25, 0.2)
 def test_kept_sets_and_log_probabilities_by_hand(how, kept):
   """Every token of the kept set is drawn, with p over the sum of the kept ones; no other is."""
   z, spread = jnp.log(jnp.asarray([FIVE] * 200)), (jnp.arange(200) + 0.5) / 200
-  token_B, logp_B, weight_BV = drawing.draw(z, spread, spec(**how))
+  token_B, logp_B, weight_BV = draw(z, spread, spec(**how))
   ids_BK, size_B = drawing.kept_ids(weight_BV, 5)
   assert ids_BK[0].tolist() == [*kept, *[-1] * (5 - len(kept))] and set(size_B.tolist()) == {
     len(kept)
@@ -167,14 +174,14 @@ def test_kept_sets_and_log_probabilities_by_hand(how, kept):
 def test_ties_at_the_boundary_stay_together(how, kept):
   """Weights 2, 1, 2, 1: both or neither."""
   z = jnp.log(jnp.asarray([[2.0, 1.0, 2.0, 1.0]]))
-  token_B, logp_B, weight_BV = drawing.draw(z, jnp.asarray([0.0]), spec(**how))
+  token_B, logp_B, weight_BV = draw(z, jnp.asarray([0.0]), spec(**how))
   assert set(drawing.kept_ids(weight_BV, 4)[0][0].tolist()) - {-1} == kept
   np.testing.assert_allclose(logp_B.item(), np.log(2 / (4 if len(kept) == 2 else 6)), rtol=1e-6)
 
 
 @pytest.mark.parametrize('how', [{'top_k': 3}, {'top_p': 0.5}, {'min_p': 0.1}], ids=str)
 def test_logits_that_are_not_numbers_still_give_an_id(how):
-  token_B, _, weight_BV = drawing.draw(jnp.full((1, V), jnp.nan), jnp.asarray([0.5]), spec(**how))
+  token_B, _, weight_BV = draw(jnp.full((1, V), jnp.nan), jnp.asarray([0.5]), spec(**how))
   assert token_B.item() in range(V)
   assert (np.asarray(drawing.kept_ids(weight_BV, 4)[0]) == -1).all()
 
@@ -194,6 +201,89 @@ def test_draw_by_hand():
     (spec(temperature=0.0), 0.99): (1, 1 / 2),
   }
   for (how, u), (token, p) in draws.items():
-    got, logp, _ = drawing.draw(z, jnp.asarray([u]), how)
+    got, logp, _ = draw(z, jnp.asarray([u]), how)
     assert got.item() == token
     np.testing.assert_allclose(logp.item(), np.log(p), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.6, 0.0])
+def test_what_is_said_of_a_draw(temperature):
+  """Of (1/8, 1/2, 3/8): at 0.6 they go as p^(1/0.6), that is 0.0577, 0.5820 and 0.3603.
+
+  The plain log-probability and the entropy know of no truncation, and of no control.
+  """
+  p = np.asarray([1 / 8, 1 / 2, 3 / 8])
+  plain = jnp.log(jnp.asarray([p], jnp.float32))
+  barred = plain.at[0, 2].set(-jnp.inf)
+  how = spec(temperature=temperature, top_k=1)
+  drawn = drawing.draw(plain, barred, jnp.asarray([0.9]), how)
+  assert drawn.token_B.item() == 1
+  assert drawn.plain_B.item() == pytest.approx(np.log(1 / 2), abs=1e-6)
+  # Of temperature 0 as of 1; what a control forbids has no part in the entropy.
+  two = p[:2] ** (1 / (temperature or 1.0))
+  two /= two.sum()
+  assert drawn.entropy_B.item() == pytest.approx(-(two * np.log(two)).sum(), abs=1e-6)
+  assert drawn.logp_B.item() == pytest.approx(np.log(two[1]) if not temperature else 0.0, abs=1e-6)
+  whole = drawing.draw(plain, plain, jnp.asarray([0.0]), spec(temperature=0.6))
+  assert whole.token_B.item() == 0
+  assert np.exp(whole.logp_B.item()) == pytest.approx(0.0577, abs=1e-4)
+  assert np.exp(whole.plain_B.item()) == pytest.approx(1 / 8, abs=1e-6)
+
+
+def test_temperatures_by_row():
+  """Each row as with a spec of its own; 0 is greedy, of the whole distribution."""
+  rng = np.random.default_rng(0)
+  z, u = jnp.asarray(3 * rng.normal(size=(6, 700)), jnp.float32), jnp.asarray(rng.random(6))
+  temperature = np.asarray([1.0, 0.3, 0.0, 2.0, 0.0, 0.7], np.float32)
+  how = spec(top_k=9, top_p=0.9)
+  together = drawing.draw(z, z, u, how, jnp.asarray(temperature))
+  for b, t in enumerate(temperature):
+    alone = drawing.draw(z[b : b + 1], z[b : b + 1], u[b : b + 1], spec(float(t), 9, 0.9))
+    assert together.token_B[b] == alone.token_B[0]
+    for name in ('logp_B', 'plain_B', 'entropy_B'):
+      want = getattr(alone, name)[0]
+      np.testing.assert_allclose(getattr(together, name)[b], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('shards', [2, 4])
+def test_a_split_vocabulary_draws_the_same(shards):
+  """The same tokens, kept sets and thresholds; 700 entries are no whole blocks."""
+  rng = np.random.default_rng(0)
+  weights = (rng.random((64, 700)) * (rng.random((64, 700)) < 0.3)).astype(np.float32)
+  weights[:8, 175:] = 0  # all of it in the first shard
+  weights[8:16, :525] = 0
+  u = jnp.asarray(rng.random(64), jnp.float32)
+  got = drawing.inverse_cdf(jnp.asarray(weights), u, shards)
+  cdf = np.cumsum(weights.astype(np.float64), axis=1)
+  goal = np.asarray(u, np.float64) * cdf[:, -1]
+  near = np.abs(cdf - goal[:, None]).min(1) < 1e-5 * cdf[:, -1]
+  assert near.sum() < 4
+  want = np.asarray(inverse_cdf(weights, u))
+  np.testing.assert_array_equal(np.asarray(got)[~near], want[~near])
+  assert (weights[np.arange(64), got] > 0).all()
+  for k in (1, 5, 300):
+    one, two = (drawing.keep_top_k(jnp.asarray(weights), k, n) for n in (1, shards))
+    np.testing.assert_array_equal(one, two)
+  for most in (1, 5, 400):
+    one, two = (drawing.kept_ids(jnp.asarray(weights), most, n) for n in (1, shards))
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_no_device_gathers_the_vocabulary():
+  """Split over 8 devices: none holds [B, V], whatever is kept."""
+  mesh = sharding.make_mesh(1, 1, 8)
+  rows, vocab = 3, 8 * 640
+  of = NamedSharding(mesh, PartitionSpec(None, 'tensor'))
+  z = jax.ShapeDtypeStruct((rows, vocab), jnp.float32, sharding=of)
+  u = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+  for how in (spec(), spec(top_k=20, top_p=0.9, min_p=0.1), spec(temperature=0.0)):
+
+    def run(z, u, shards, how=how):
+      drawn = drawing.draw(z, z, u, how, None, shards)
+      return drawn[:4], drawing.kept_ids(drawn.weight_BV, 20, shards)
+
+    compiled = jax.jit(run, static_argnums=2).lower(z, u, 8).compile().as_text()
+    assert f'[{rows},{vocab // 8}]' in compiled and f'[{rows},{vocab}]' not in compiled, how
+  flat = jax.jit(run, static_argnums=2).lower(z, u, 1).compile().as_text()
+  assert how.temperature == 0 or f'[{rows},{vocab}]' in flat

@@ -249,8 +249,9 @@ def test_bug_11_truncated_sampling_biases_the_ratio():
   """TRL: top-p samples, scored by the whole distribution. Here both are over the kept tokens."""
   z = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
   spec = types.Spec(1.0, 2, 1.0, 0.0, 2, (0,), ())
-  token, logp, weight_BV = drawing.draw(z, jnp.array([0.9]), spec)
-  kept_BK, _ = drawing.kept_ids(weight_BV, 2)
+  drawn = drawing.draw(z, z, jnp.array([0.9]), spec)
+  token, logp = drawn.token_B, drawn.logp_B
+  kept_BK, _ = drawing.kept_ids(drawn.weight_BV, 2)
   spec = policy_loss.Spec((1.0, None, 1.0, jnp.dtype('float32')), 1, 'xla', None)
   args = z, jnp.eye(3), jnp.zeros(3), token, {'kept': kept_BK}, spec
   trained = policy_loss.token_logps(*args).logp

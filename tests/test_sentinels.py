@@ -20,7 +20,9 @@ HEALTHY = {
   **{'completions': 100.0, 'reward_timeouts': 1.0, 'reward_errors': 0.0},
   **{'params/changed': 1.0, 'params/sampled': 1.0},
 }
-FACTS = sentinels.Facts('float32', True, 'itself', learning=True, reinforcing=True, synced=True)
+FACTS = sentinels.Facts(
+  'float32', 'float32', True, 'itself', learning=True, reinforcing=True, synced=True
+)
 
 
 def fired(row, facts=FACTS, steps=1):

@@ -256,7 +256,9 @@ def test_the_train_state_is_placed_by_the_rules():
 
 def test_decode_parameters_are_gathered_over_fsdp():
   student, state, *_ = trained('2x2x2')
-  decode = by_path(sampling.Sampler(student.model, student.mesh, (), **common.sampler()).layout(state.params))
+  decode = by_path(
+    sampling.Sampler(student.model, student.mesh, (), **common.sampler()).layout(state.params)
+  )
   want = {
     'embed/weight': P('tensor', None),
     'layers/00/attn/q/weight': P('tensor', None),

@@ -86,7 +86,10 @@ def main(_) -> None:
   fields = {k: v for k, v in config.items() if k not in ('kind', 'weights')}
   model, mesh = decoder.Decoder(**fields), sharding.make_mesh(-1, 1, 1)
   params = jax.jit(model.init)(jax.random.key(0))
-  sampler, section = sampling.Sampler(model, mesh, (0,), **common.sampler()), common.optim(1e-5).to_dict()
+  sampler, section = (
+    sampling.Sampler(model, mesh, (0,), **common.sampler()),
+    common.optim(1e-5).to_dict(),
+  )
   tx = optim.build(optim.Optim(**section), params, 100)
   algorithms = {'plain': Plain(), 'plain again': Plain()}
   for preset in PRESETS.value:

@@ -89,7 +89,8 @@ class SingleTurn:
     start, end = samples.prompt_length_R[r], samples.length_R[r]
     ids = tuple(samples.tokens_RS[r, start:end].tolist())
     stop = records.Stop(int(samples.stop_R[r]))
-    said = ids[:-1] if stop == records.Stop.EOS else ids
+    ended = stop == records.Stop.EOS and ids[-1] in tools.tokenizer.eos_ids  # not by a string
+    said = ids[:-1] if ended else ids
     text = tools.prefill + tools.tokenizer.decode(list(said), skip_special=False)
     return records.Completion(
       text=text,

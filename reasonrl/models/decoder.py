@@ -357,7 +357,7 @@ class Decoder:
     if cache is None:
       look = lambda q, k, v: ops.self_attention(q, k, v, segments_BT, window, *form, mesh)
       return lambda q, k, v, own, shared: (look(q, k, v), None)
-    see = caches.visible(cache, positions_BT, window)
+    see = None if fresh else caches.visible(cache, positions_BT, window)
 
     def attend(q, k, v, own, shared):
       own = caches.write(own, k, v, cache.slot)

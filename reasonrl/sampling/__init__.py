@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from reasonrl import caches, ops, records, sharding, types
+from reasonrl import caches, records, sharding, types
 from reasonrl.sampling import loop, plan
 from reasonrl.sampling import rows as rows_lib
 from reasonrl.sampling.loop import uniforms
@@ -86,6 +86,11 @@ class Sampler:
       raise records.UserError(
         f'sampler: segment={self.segment} and buckets={self.buckets} must be at least 1'
       )
+
+  @property
+  def dtype(self) -> str:
+    """Of keys and values."""
+    return self.model.compute_dtype if self.cache_dtype == 'auto' else self.cache_dtype
 
   def form(self, temperature: float):
     """Static description of the scores, for `ops`; greedy draws report temperature-1 numbers."""
@@ -260,7 +265,9 @@ class Sampler:
     )
 
   @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7))
-  def _sample(self, params, arrays, spec, rows: int, width: int, ordered: bool, window: int) -> dict:
+  def _sample(
+    self, params, arrays, spec, rows: int, width: int, ordered: bool, window: int
+  ) -> dict:
     """Requests to their ends. The arguments are what `plan.Wave` has.
 
     Returns:
@@ -316,7 +323,7 @@ class Sampler:
     return self.mesh.shape['data'] * self.mesh.shape['fsdp'] > 1
 
   def _empty(self, rows: int, slots: int) -> caches.Cache:
-    return self.model.init_cache(rows, slots, None if self.cache_dtype == 'auto' else jnp.int8)
+    return self.model.init_cache(rows, slots, self.dtype)
 
   def _prefilled(self, params, tokens_PT, length_P, slots: int, at_a_time: int = 0) -> caches.Cache:
     """The keys and values of prompts, `at_a_time` (0: all) of them in one pass of the trunk."""
@@ -336,6 +343,7 @@ class Sampler:
     tokens_PT = jnp.pad(tokens_PT, ((0, missing), (0, 0)))
     length_P = jnp.pad(length_P, (0, missing), constant_values=1)
     passes = (P + missing) // at_a_time
+
     def fill(i, cache):
       part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_a_time, at_a_time)
       at = i * at_a_time + jnp.arange(at_a_time)
