@@ -619,7 +619,9 @@ def single_turn() -> ConfigDict:
       'min_p': 0.0,  # keeps p >= min_p x the largest p (arXiv 2407.01082); 0 = off
       # tokens; training on a truncated draw needs the ids that were kept, more are an error
       'max_kept_tokens': 64,
-      'slots': 0,  # rows decoded at a time on each process; 0 = all
+      # Rows decoded at a time on each process; 0 = all. With fewer than there are samples a row
+      # that stops takes the next one.
+      'slots': 0,
       'controls': {},  # controls(...), applied in the order of their names
     }
   )

@@ -56,9 +56,19 @@ def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, 
   if backend == 'xla' or mesh is None or mesh.size == 1:
     return run(q_BHTC, k_BKTC, v_BKTC, segments_BT)
   heads = 'tensor' if k_BKTC.shape[1] % mesh.shape['tensor'] == 0 else None
-  rows = PartitionSpec(types.ROWS[0], heads)
+  rows, axes, around = types.ROWS, set(mesh.axis_names), jax.sharding.get_abstract_mesh()
+  if around.manual_axes:  # inside the sampler, whose rows are split already
+    rows, mesh, axes = PartitionSpec(None), around, {'tensor'}
+    if around.shape['tensor'] == 1:
+      return run(q_BHTC, k_BKTC, v_BKTC, segments_BT)
+  of_heads = PartitionSpec(rows[0], heads)
   return jax.shard_map(
-    run, mesh=mesh, in_specs=(rows, rows, rows, types.ROWS), out_specs=rows, check_vma=False
+    run,
+    mesh=mesh,
+    in_specs=(of_heads, of_heads, of_heads, rows),
+    out_specs=of_heads,
+    axis_names=axes,
+    check_vma=False,
   )(q_BHTC, k_BKTC, v_BKTC, segments_BT)
 
 

@@ -387,6 +387,7 @@ LAYOUTS = {
   'nothing shared': ({}, 0, (1, 1, 1)),
   'a third without company': ({}, 0, (1, 1, 1)),
   'refilled': ({}, 64, (1, 1, 1)),
+  'refilled by prompts': ({}, 64, (1, 1, 1)),
   'refilled in short segments': ({'segment': 8, 'buckets': 2}, 50, (1, 1, 1)),
   'one row': ({}, 1, (1, 1, 1)),
   'eight devices': ({}, 0, (8, 1, 1)),
@@ -409,8 +410,9 @@ def test_draws_do_not_depend_on_the_layout(sampler, many, layout):
     order = np.arange(0, 320, 40)
   elif layout == 'a third without company':  # groups of different sizes
     order = np.flatnonzero(np.random.default_rng(1).random(320) < 1 / 3)
-  elif layout == 'wider prompts':
-    wide = np.pad(requests.tokens_PT, ((0, 0), (0, 3)), constant_values=9)
+  elif layout in ('wider prompts', 'refilled by prompts'):
+    sampler = make_sampler(make(max_position=128), mesh, **changes)
+    wide = np.pad(requests.tokens_PT, ((0, 0), (0, 60)), constant_values=9)
     other = dataclasses.replace(requests, tokens_PT=wide)
   elif layout == 'nothing shared':  # a copy of its prompt for every request
     rows = requests.prompt_R

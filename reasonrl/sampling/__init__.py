@@ -4,9 +4,10 @@
 2. `fork` copies rows.
 3. `decode` runs rows to their ends: see `loop` for how the cache grows and live rows move together.
 4. `append` feeds tokens that the policy did not write (tool output, forced text).
-5. `generate` takes any number of requests. Either all of them are rows at once, and the samples of
-   a prompt share its keys and values; or `slots` rows serve them, and a row that stops takes the
-   next request, with a copy of its prompt's. Results are indexed by request, never by row.
+5. `generate` takes any number of requests over prompts that are prefilled once. Either all of them
+   are rows at once, and the samples of a prompt share its keys and values; or `slots` rows serve
+   them, and one that stops takes the next request, with a copy of its prompt's keys and values.
+   Results are indexed by request, never by row.
 
 A row's last token is pending: the cache holds the tokens before it, and the next step feeds it. So
 a row is fully described by its tokens, re-prefilling them gives the same state, and no token of a
@@ -295,7 +296,7 @@ class Sampler:
         done, _ = loop.run(policy, dataclasses.replace(all_R, cache=cache), sizes, bucket, None)
       else:
         nothing_B = jnp.full(rows, R, jnp.int32)
-        cache = caches.share(prompts, length_P - 1, own, jnp.zeros(rows, jnp.int32))
+        cache = caches.share(prompts, length_P - 1, own, jnp.zeros(rows // width, jnp.int32))
         queue = queue._replace(request_B=nothing_B, done=all_R)
         state = dataclasses.replace(loop.fresh(policy, queue, nothing_B, window), cache=cache)
         done = loop.run(policy, state, sizes, bucket, queue)[1].done

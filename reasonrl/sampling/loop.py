@@ -2,7 +2,7 @@
 
     for slots in the ladder:            the cache grows, a static shape at a time
       while they suffice:
-        while a slot is free:           all rows; those that have stopped take waiting requests
+        while a slot is free:           all rows; requests that wait take the place of stopped ones
         for fewer rows:                 once what lives fits them, it moves there
           while a slot is free: step
 
@@ -240,7 +240,7 @@ def _segment(policy, state, size, last: bool, bucket, queue):
 def _serve(policy, state, queue, fits, smaller):
   """Steps of all rows, those that have stopped being replaced, until the last ones fit fewer."""
   B, R = state.stop_B.size, queue.prompt_R.size
-  enough = max(1, B // 16)  # replacing has a price: not for every row that stops
+  enough = max(state.cache.width, B // 16)  # replacing has a price: not for every row that stops
 
   def going(carry):
     state, queue = carry
@@ -248,17 +248,21 @@ def _serve(policy, state, queue, fits, smaller):
 
   def visit(carry):
     state, queue = refill(policy, *carry)
-
     waiting = policy.any(queue.next < R)
 
     def more(state):
-      free = B - jnp.sum(state.live_B)
+      free = state.cache.width * jnp.sum(_free_groups(state))
       take = (queue.next < R) & (free >= jnp.minimum(enough, R - queue.next))
       return fits(state) & ~jnp.where(waiting, policy.any(take), smaller(state))
 
     return jax.lax.while_loop(more, lambda state: step(policy, state), state), queue
 
   return jax.lax.while_loop(going, visit, (state, queue))
+
+
+def _free_groups(state: State):
+  """bool [Q]: prefixes whose rows have all stopped."""
+  return ~jnp.any(state.live_B.reshape(-1, state.cache.width), axis=1)
 
 
 def _collect(state: State, queue: Queue) -> Queue:
@@ -281,26 +285,29 @@ def fresh(policy: Policy, queue: Queue, request_B, window: int) -> State:
 
 
 def refill(policy: Policy, state: State, queue: Queue) -> tuple[State, Queue]:
-  """Requests that wait take the rows that have stopped."""
+  """Requests that wait take the rows of the prefixes that nobody needs."""
   queue = _collect(state, queue)
-  R, free_B = queue.prompt_R.size, ~state.live_B
-  request_B = jnp.where(free_B, queue.next + jnp.cumsum(free_B) - 1, queue.request_B)
+  R, W, free_Q = queue.prompt_R.size, state.cache.width, _free_groups(state)
+  first_Q = queue.next + W * (jnp.cumsum(free_Q) - 1)
+  request_QW = first_Q[:, None] + jnp.arange(W)[None]
+  request_B = jnp.where(jnp.repeat(free_Q, W), request_QW.reshape(-1), queue.request_B)
   request_B = jnp.minimum(request_B, R).astype(jnp.int32)
   new = fresh(policy, queue, request_B, state.tokens_BS.shape[1])
+  free_B = jnp.repeat(free_Q, W)
   state = rows_lib.select(free_B, new, state)
   # The prompts of those that came; each is copied once, whatever the number of rows.
-  order_B = jnp.argsort(~(free_B & (request_B < R)), stable=True)
-  came = jnp.sum(free_B & (request_B < R))
-  prompt_B = jnp.take(queue.prompt_R, request_B, mode='clip')
+  came_Q = free_Q & (request_B[::W] < R)
+  order_Q, came = jnp.argsort(~came_Q, stable=True), jnp.sum(came_Q)
+  prompt_Q = jnp.take(queue.prompt_R, request_B[::W], mode='clip')
 
   def copy(i, shared):
-    row = order_B[i]
+    group = order_Q[i]
 
     def one(x, prompts):
       axis = x.ndim - 4
-      new = jax.lax.dynamic_index_in_dim(prompts, prompt_B[row], axis)
+      new = jax.lax.dynamic_index_in_dim(prompts, prompt_Q[group], axis)
       at = [0] * x.ndim
-      at[axis] = row
+      at[axis] = group
       if policy.together:  # other devices may have more
         old = jax.lax.dynamic_slice(x, at, new.shape)
         new = jnp.where(i < came, new, old)
@@ -312,8 +319,8 @@ def refill(policy: Policy, state: State, queue: Queue) -> tuple[State, Queue]:
   cache = dataclasses.replace(
     state.cache,
     shared=jax.lax.fori_loop(0, most, copy, state.cache.shared),
-    length_Q=jnp.where(free_B, state.length_B - 1, state.cache.length_Q),
+    length_Q=jnp.where(free_Q, state.length_B[::W] - 1, state.cache.length_Q),
     position_BS=jnp.where(free_B[:, None], -1, state.cache.position_BS),
   )
   state = dataclasses.replace(state, cache=cache)
-  return state, queue._replace(request_B=request_B, next=queue.next + came.astype(jnp.int32))
+  return state, queue._replace(request_B=request_B, next=queue.next + W * came.astype(jnp.int32))

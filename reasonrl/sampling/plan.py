@@ -56,26 +56,24 @@ def waves(
   R = requests.prompt_R.size
   most = sharding.agree(R)
   order = np.argsort(requests.prompt_R, kind='stable')
-  if not slots or most <= slots:
-    width = _width(requests, most, devices)
-    per = -(-most // (width * devices))  # groups of a device
-    per = width * (_power_of_two(per) if slots else per)
-    if width > 1:
-      yield _wave(requests, order, devices, longest, per, per, width)
-      return
-  else:
-    width, per = 1, 0
-  rows = per or -(-slots // devices)
+  at_once = not slots or most <= slots
+  # Rows that share a prompt are replaced together, when the last of them has stopped. That is worth
+  # it if there is more to read of a prompt than of what follows.
+  width = _width(requests, most, devices) if at_once or 2 * longest >= window else 1
+
+  def per_device(count: int) -> int:
+    groups = -(-count // (width * devices))
+    return width * (_power_of_two(groups) if slots else groups)
+
+  rows = per_device(most) if at_once else width * -(-slots // (width * devices))
   # The prompts of a program take no more memory than its rows.
   prompts = devices * max(rows, rows * window // longest)
   _, first = np.unique(requests.prompt_R[order], return_index=True)
-  count = sharding.agree(-(-first.size // prompts))
-  for i in range(count):
+  for i in range(sharding.agree(-(-first.size // prompts))):
     ends = [*first[i * prompts : (i + 1) * prompts + 1 : prompts], R][:2]
     some = order[ends[0] : ends[1]] if i * prompts < first.size else order[:0]
-    here = sharding.agree(-(-some.size // devices))
     yield _wave(
-      requests, some, devices, longest, _power_of_two(here) if slots else here, rows, width
+      requests, some, devices, longest, per_device(sharding.agree(some.size)), rows, width
     )
 
 
