@@ -159,7 +159,7 @@ class Scripted(single_turn.SingleTurn):
       stop = np.where(ends, int(Stop.EOS), int(Stop.LENGTH))
       sizes = np.asarray([len(ids) for ids in said], np.int32)
       zeros = np.zeros(shape, np.float32)
-      return types.Samples(tokens, length_R, length_R + sizes, source, zeros, stop, None)
+      return types.Samples(tokens, length_R, length_R + sizes, source, *[zeros] * 3, stop, None)
 
     return super().rollout(dataclasses.replace(tools, generate=generate), state, step)
 

@@ -77,7 +77,7 @@ class Tools:
     closed = [x[-1] == CLOSE for x in said]
     stop = np.where(closed, int(records.Stop.EOS), int(records.Stop.LENGTH))
     kept = tokens[..., None] if spec.truncates else None
-    return types.Samples(tokens, start, length, tokens > 0, logp, stop, kept)
+    return types.Samples(tokens, start, length, tokens > 0, logp, logp, 0 * logp, stop, kept)
 
   def score(self, params, rows):
     """log p = -(token before + 1000 token) / 1e6, or twice that of the average."""

@@ -19,7 +19,7 @@ def environment(**changes):
 
 
 class Tools:
-  """Two problems; every completion says 'ab' and stops, or runs into its cap."""
+  """Two problems; every completion says 'ab' and stops, by EOS or 'c', or runs into its cap."""
 
   tokenizer, prefill = BYTES, '<think>'
 
@@ -38,7 +38,7 @@ class Tools:
 
   def generate(self, params, requests, spec, slots):
     self.asked = (params, requests, spec, slots)
-    said = [*BYTES.encode('ab'), BYTES.eos_ids[0] if self.stops else BYTES.encode('c')[0]]
+    said = [*BYTES.encode('ab'), BYTES.eos_ids[0] if self.stops == 'eos' else BYTES.encode('c')[0]]
     R, width = requests.prompt_R.size, requests.tokens_PT.shape[1] + 4
     tokens, source = np.zeros((R, width), np.int32), np.zeros((R, width), np.int8)
     start = requests.length_P[requests.prompt_R]
@@ -48,13 +48,14 @@ class Tools:
       tokens[r, start[r] : start[r] + 3], source[r, start[r] : start[r] + 3] = said, types.POLICY
     stop = np.full(R, records.Stop.EOS if self.stops else records.Stop.LENGTH)
     kept = tokens[..., None] * (source == types.POLICY)[..., None] if spec.truncates else None
-    return types.Samples(tokens, start, start + 3, source, np.zeros((R, width)), stop, kept)
+    zeros = np.zeros((R, width))
+    return types.Samples(tokens, start, start + 3, source, zeros, zeros, zeros, stop, kept)
 
   def reward(self, state, experience):
     return dataclasses.replace(experience, reward_R=np.arange(4, dtype=np.float32))
 
 
-@pytest.mark.parametrize('stops', [True, False])
+@pytest.mark.parametrize('stops', ['eos', 'string', ''])
 def test_rollout(stops):
   tools = Tools(stops)
   env = environment(num_generations=2, temperature=0.5, slots=3)
@@ -75,13 +76,14 @@ def test_rollout(stops):
   assert found.support == {}
   assert found.mask_BT.sum(1).tolist() == [3] * 4  # EOS included
   said = found.completions[3]
-  assert said.text == '<think>ab' + ('' if stops else 'c')  # the prefill is part, EOS is not
+  assert said.text == '<think>ab' + ('' if stops == 'eos' else 'c')  # EOS is no part of it
+  assert said.stop == (records.Stop.EOS if stops else records.Stop.LENGTH)
   assert (said.num_tokens, said.cap, said.think) == (3, 4, None)
   assert [example.index for example in found.examples] == [7, 7, 3, 3]
 
 
 def test_truncated_rollout():
-  tools, how = Tools(True), {'top_k': 2, 'top_p': 0.9, 'min_p': 0.1, 'max_kept_tokens': 7}
+  tools, how = Tools('eos'), {'top_k': 2, 'top_p': 0.9, 'min_p': 0.1, 'max_kept_tokens': 7}
   found = environment(num_generations=2, **how).rollout(tools, {'params': 0, 'version': 9}, step=5)
   spec = tools.asked[2]
   assert {name: getattr(spec, name) for name in how} == how and spec.truncates
