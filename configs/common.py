@@ -698,7 +698,7 @@ def evaluation() -> ConfigDict:
   )
   section.env.num_generations = 1
   section.env.max_kept_tokens = 0  # nothing trains on them
-  section.env.slots = 128  # a wave that stays in a CPU's cache is faster than all rows at once
+  section.env.slots = 128  # what stays in a CPU's cache is faster than all rows at once
   return section
 
 

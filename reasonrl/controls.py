@@ -398,7 +398,8 @@ class StopStrings(Control):
 
   Whatever the tokens: their characters run through an automaton that knows all the texts. What the
   token has behind the text stays; it was sampled. A character whose bytes are several tokens has no
-  token that says it, and a text with it is found only where one token holds all of it.
+  token that says it, and a text with it is found only where one token holds all of it. Tokens that
+  add nothing to a text, which some tokenizers have, hide one that they are in the middle of.
   """
 
   NUMBERS: ClassVar[tuple[str, ...]] = ()
@@ -409,6 +410,7 @@ class StopStrings(Control):
   table: bytes  # int16 [states, V]: the state after a token
 
   @classmethod
+  @functools.lru_cache(maxsize=64)
   def of(cls, tokenizer, texts: tuple[str, ...]) -> StopStrings:
     if isinstance(texts, str) or not texts or not all(texts):
       raise records.UserError(

@@ -1,4 +1,4 @@
-"""The sampler: draws by hand and by frequency, log-probabilities, layouts, append, fork, waves."""
+"""The sampler: keys, log-probabilities, layouts, work done, and its stages."""
 
 import dataclasses
 import functools
@@ -273,6 +273,25 @@ def test_int8_keys_and_values(sampler):
     assert 1e-4 < gap.mean() < 0.02 and gap.max() < 0.2
 
 
+def test_greedy_rows_among_others_leave_nothing_out(sampler):
+  """They have no kept ids, and their size is not counted."""
+  temperature = np.asarray([0.0, 1.0] * 12, np.float32)
+  requests = dataclasses.replace(ask(np.repeat([0, 1, 2], 8), 15), temperature_R=temperature)
+  out = generate(sampler, requests, spec(top_p=0.3, max_kept_tokens=V - 3))
+  kept = (out.kept_RSK >= 0).any(-1)
+  policy = out.source_RS == types.POLICY
+  np.testing.assert_array_equal(kept, policy & (temperature > 0)[:, None])
+  greedy = generate(sampler, ask(np.repeat([0, 1, 2], 8), 15), spec(0.0))
+  np.testing.assert_array_equal(out.tokens_RS[::2], greedy.tokens_RS[::2])
+  for bad, how in (
+    (-temperature - 1, spec()),
+    (temperature, spec(0.0)),
+    (temperature * np.nan, spec()),
+  ):
+    with pytest.raises(records.UserError, match='temperatures by request'):
+      generate(sampler, dataclasses.replace(requests, temperature_R=bad), how)
+
+
 def test_bfloat16_logp_is_near_the_teacher_forced_one():
   sampler = make_sampler(make(compute_dtype='bfloat16'))
   out = generate(sampler, ask(np.repeat([0, 1, 2], 8), 15), spec())
@@ -478,7 +497,7 @@ def test_a_row_that_stops_takes_the_next_request():
   free = [0] * 4
   for n in lengths:  # a row is taken in the step after its last
     free[free.index(min(free))] += n
-  assert calls == [(4, 6)] + [(4, 1)] * max(free)
+  assert calls == [(3, 6)] + [(4, 1)] * max(free)
   waves = lengths.reshape(3, 4).max(1).sum()
   assert max(free) < waves
 
@@ -654,6 +673,24 @@ def test_kept_ids_outlive_the_stages(sampler, params):
   np.testing.assert_array_equal(after[..., 0] >= 0, source_BS == types.POLICY)
   tokens_BS = np.array(state.tokens_BS)
   assert (after == tokens_BS[..., None]).any(-1)[source_BS == types.POLICY].all()
+
+
+def test_kept_ids_are_of_draws_that_leave_something_out(sampler, params):
+  state = sampler.decode(params, first(sampler, params), spec(top_p=0.8, max_kept_tokens=V), 4)
+  before, length_B = np.array(state.kept_BSK), np.array(state.length_B)
+  state = sampler.decode(params, state, spec(), 4)
+  after = np.array(state.kept_BSK)
+  for b, n in enumerate(length_B):
+    np.testing.assert_array_equal(after[b, :n], before[b, :n])
+    assert (after[b, n:] == -1).all()
+
+
+def test_a_row_that_fills_the_window_stops_no_other(sampler, params):
+  tokens = np.tile(np.arange(1, 17, dtype=np.int32), (2, 1))
+  state = sampler.prefill(params, jnp.asarray(tokens), jnp.asarray([16, 3]), 16)
+  state = sampler.assign(state, jnp.asarray(keys(range(2))), jnp.full(2, 16), {})
+  state = sampler.decode(params, state, spec(), 16)
+  assert state.length_B.tolist() == [16, 16] and state.stop_B.tolist() == [LENGTH] * 2
 
 
 def test_fork_is_a_copy(sampler, params):

@@ -10,8 +10,8 @@
    Results are indexed by request, never by row.
 
 A row's last token is pending: the cache holds the tokens before it, and the next step feeds it. So
-a row is fully described by its tokens, re-prefilling them gives the same state, and no token of a
-prompt but the last meets the head.
+a row is fully described by its tokens, re-prefilling them gives the same state (but for controls
+that mix embeddings), and no token of a prompt but the last meets the head.
 
 Randomness: a token's key is fold_in(row key, absolute position), one uniform per token, turned
 into a token by inverse CDF. So a draw depends on neither the batch layout nor the device count.
@@ -121,7 +121,9 @@ class Sampler:
       raise ValueError(f'prefill: {T} tokens do not fit a cache of {slots} slots')
 
     def local(params, tokens_BT, length_B):
-      cache = self._prefilled(params, tokens_BT, length_B, self._ladder(T + 1, slots)[0])
+      cache = self._prefilled(
+        params, tokens_BT, length_B, self._ladder(T + 1, slots + self.segment)[0]
+      )
       return rows_lib.of_prompts(cache, tokens_BT, length_B, slots)
 
     return self._on_rows(local, self._state(), params, tokens_BT, length_B)
@@ -147,12 +149,12 @@ class Sampler:
     """Up to max_new more tokens per row. A row that ran out of length may go on; EOS stays.
 
     Raises:
-      ValueError: other controls than in the first decode of these rows.
+      ValueError: not as many controls as in the first decode of these rows.
     """
     if state.controls is not None and len(spec.controls) != len(state.controls):
       raise ValueError('decode: the controls of a state are those of its first decode')
     now, window = state.cache.position_BS.shape[1], state.tokens_BS.shape[1]
-    sizes = [now, *(size for size in self._ladder(now, window) if size > now)]
+    sizes = [now, *(size for size in self._ladder(now, window + self.segment) if size > now)]
 
     def local(params, state, max_new_B):
       policy = self._policy(params, spec, wakes=True)
@@ -186,8 +188,9 @@ class Sampler:
       slots = jnp.where(offsets < count_B[:, None], state.length_B[:, None] + offsets, S)
       put = lambda x, value: x.at[jnp.arange(B)[:, None], slots].set(value, mode='drop')
       tokens_BS = put(state.tokens_BS, tokens_BT)
-      # Room for all of them in every row.
-      cache = caches.tidy(caches.grow(state.cache, max(S + T, state.cache.position_BS.shape[1])))
+      # Room for all of them in every row, whatever it holds.
+      size = max(S + max(T, self.segment), state.cache.position_BS.shape[1])
+      cache = caches.tidy(caches.grow(state.cache, size))
       slot = caches.used(cache, jnp.ones(B, bool)).astype(jnp.int32)
       cache = dataclasses.replace(cache, slot=slot)
       # Feed the pending token and all new ones but the last, which becomes the pending one.
@@ -216,15 +219,22 @@ class Sampler:
     """Samples every request with `slots` rows (0: all at once); `poll` runs before each program.
 
     The window is the longest prompt plus the largest max_new, of all processes: they run the same
-    programs equally often, however many requests each has. Prompts of one program take at most as
-    much memory as its rows; if there are more, there are several programs.
+    programs equally often, however many requests each has. Prompts of one program take about as
+    much memory as its rows at most; if there are more, there are several programs.
 
     Raises:
+      ValueError: no request, on any process.
       UserError: the window is longer than the model's positions, or more ids were kept for a token
         than are to be remembered.
     """
-    if requests.temperature_R is not None and spec.temperature == 0:
-      raise records.UserError('sampling: temperatures by request, but temperature=0 of the spec')
+    temperature_R = requests.temperature_R
+    if temperature_R is not None and not (spec.temperature > 0 and np.all(temperature_R >= 0)):
+      raise records.UserError(
+        f'sampling: temperatures by request, {np.unique(temperature_R)}, must be >= 0, and '
+        f'temperature={spec.temperature} of the spec above 0'
+      )
+    if not sharding.agree(requests.prompt_R.size):
+      raise ValueError('generate: no requests')
     T = sharding.agree(requests.tokens_PT.shape[1])
     max_new = sharding.agree(int(requests.max_new_R.max(initial=0)))
     window = T + max_new
@@ -283,11 +293,11 @@ class Sampler:
       asked['temperature_B'] = arrays.temperature_R
       bucket = loop.buckets(rows, width, self.buckets)
       prompts = self._prefilled(params, tokens_PT, length_P, T, rows)
-      queue = loop.Queue(
-        prompts, tokens_PT, length_P, arrays.prompt_R, asked, jnp.full(rows, 0), jnp.int32(0), None
+      requests, R = (
+        loop.Requests(tokens_PT, length_P, arrays.prompt_R, asked),
+        arrays.key_R.shape[0],
       )
-      R = arrays.prompt_R.size
-      all_R = loop.fresh(policy, queue, jnp.arange(R), window)
+      all_R = loop.fresh(policy, requests, jnp.arange(R), window)
       sizes = self._ladder(1, window - T)
       own = self._empty(rows, sizes[0])
       if rows == R:
@@ -297,14 +307,15 @@ class Sampler:
       else:
         nothing_B = jnp.full(rows, R, jnp.int32)
         cache = caches.share(prompts, length_P - 1, own, jnp.zeros(rows // width, jnp.int32))
-        queue = queue._replace(request_B=nothing_B, done=all_R)
-        state = dataclasses.replace(loop.fresh(policy, queue, nothing_B, window), cache=cache)
+        queue = loop.Queue(requests, prompts, nothing_B, jnp.int32(0), all_R)
+        state = dataclasses.replace(loop.fresh(policy, requests, nothing_B, window), cache=cache)
         done = loop.run(policy, state, sizes, bucket, queue)[1].done
       names = ('tokens_BS', 'source_BS', 'logp_BS', 'plain_BS', 'entropy_BS', 'length_B', 'stop_B')
       names += () if done.kept_BSK is None else ('kept_BSK', 'size_B')
       return {name.rsplit('_')[0]: getattr(done, name) for name in names}
 
-    return self._on_rows(local, types.ROWS, params, arrays)
+    done = self._on_rows(local, types.ROWS, params, arrays)
+    return jax.lax.with_sharding_constraint(done, NamedSharding(self.mesh, types.ROWS))
 
   # ---------------------------------------------------------------------------------- inside
 

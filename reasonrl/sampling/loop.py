@@ -87,8 +87,10 @@ def step(policy: Policy, state: State) -> State:
   )
   input_BD = state.input_BD
   if input_BD is not None:
-    input_BD = _mixed(policy, applied, state.numbers, view, drawn, token_B)
+    mixed_BD = _mixed(policy, applied, state.numbers, view, drawn, token_B)
+    input_BD = jnp.where(live_B[:, None], mixed_BD, input_BD)
   applied = jax.tree.map(lambda n, o: jnp.where(live_B, n, o), applied, state.controls)
+  view = view._replace(length_B=view.length_B - back_B)  # without what was taken back
   # A stopped row writes outside the array, which drops the write.
   slot_B = jnp.where(live_B, state.length_B - back_B, S)
   put = lambda x, value: x.at[rows_B, slot_B].set(value, mode='drop')
@@ -101,8 +103,11 @@ def step(policy: Policy, state: State) -> State:
     is_stop_B |= control.stops(view, token_B)
   if state.kept_BSK is not None:
     kept_BK, size_B = drawing.kept_ids(drawn.weight_BV, state.kept_BSK.shape[-1], shards)
-    kept_BK = jnp.where(written_B[:, None], -1, kept_BK)
-    size_B = jnp.maximum(state.size_B, jnp.where(live_B & ~written_B, size_B, 0))
+    whole_B = written_B if spec.truncates else True | written_B
+    if state.temperature_B is not None:  # greedy draws leave nothing out
+      whole_B |= state.temperature_B == 0
+    kept_BK = jnp.where(whole_B[:, None], -1, kept_BK)
+    size_B = jnp.maximum(state.size_B, jnp.where(live_B & ~whole_B, size_B, 0))
     state = dataclasses.replace(state, kept_BSK=put(state.kept_BSK, kept_BK), size_B=size_B)
   return dataclasses.replace(
     state,
@@ -137,8 +142,8 @@ def _mixed(policy: Policy, applied, numbers, view, drawn, token_B):
 def ladder(needed: int, segment: int, last: int) -> list[int]:
   """Sizes of a cache that must hold `needed` slots now and `last` in the end.
 
-  `segment` slots, doubled each time; the last step is not shorter than a third. Multiples of 16,
-  which products of a CPU need to be fast.
+  `segment` slots, doubled each time; the last step is not shorter than a third, and a multiple of
+  16, which products of a CPU need to be fast.
   """
   last = max(1, last) + -max(1, last) % 16
   sizes, size = [], segment
@@ -165,17 +170,28 @@ def buckets(rows: int, width: int, most: int) -> list[tuple[int, int]]:
   return out
 
 
-class Queue(NamedTuple):
-  """Requests that wait for a row, and what came of those that had one. R of them."""
+class Requests(NamedTuple):
+  """R requests over P prompts."""
 
-  prompts: caches.Cache  # [P, K, T, C]
   tokens_PT: Any
   length_P: Any
   prompt_R: Any
   asked: Any  # of each request, as `rows.assign` takes it
+
+
+class Queue(NamedTuple):
+  """Requests that wait for a row, and what came of those that had one."""
+
+  requests: Requests
+  prompts: caches.Cache  # [P, K, T, C]
   request_B: Any  # what a row works on; R = nothing
   next: Any  # the first that waits
   done: State  # by request, without a cache
+
+  @property
+  def size(self) -> int:
+    """R."""
+    return self.requests.prompt_R.size
 
 
 def run(policy: Policy, state: State, sizes: list[int], bucket: list, queue: Queue | None):
@@ -192,13 +208,13 @@ def _segment(policy, state, size, last: bool, bucket, queue):
   def fits(state):
     return policy.all(caches.find_slot(state.cache, policy.needed(state))[1])
 
-  def enough(state):
+  def suffice(state):
     """Whether there is a slot, or would be many (in the end: one) if rows were tidy."""
     needs = caches.used(state.cache, policy.needed(state))
     return fits(state) | policy.all(needs < (size if last else 3 * size // 4))
 
-  def smaller(state, i):
-    """Whether the live rows fit bucket i."""
+  def fit_bucket(state, i):
+    """Whether the live rows do; behind the last bucket: whether there is none."""
     if i == len(bucket):
       return policy.all(~jnp.any(state.live_B))
     rows, width = bucket[i]
@@ -206,15 +222,15 @@ def _segment(policy, state, size, last: bool, bucket, queue):
 
   def steps(state, i):
     """Steps until they fit the next bucket."""
-    going = lambda state: fits(state) & ~smaller(state, i + 1)
+    going = lambda state: fits(state) & ~fit_bucket(state, i + 1)
     return jax.lax.while_loop(going, lambda state: step(policy, state), state)
 
   def going(carry):
     state, queue = carry
     live = policy.any(jnp.any(state.live_B))
     if queue is not None:
-      live |= policy.any(queue.next < queue.prompt_R.size)
-    return live & enough(state)
+      live |= policy.any(queue.next < queue.size)
+    return live & suffice(state)
 
   def visit(carry):
     state, queue = carry
@@ -223,28 +239,30 @@ def _segment(policy, state, size, last: bool, bucket, queue):
     if queue is None:
       state = steps(state, 0)
     else:
-      state, queue = _serve(policy, state, queue, fits, lambda state: smaller(state, 1))
+      state, queue = _serve(policy, state, queue, fits, lambda state: fit_bucket(state, 1))
     for i in range(1, len(bucket)):
 
       def fewer(state, i=i):
         few, rows_b = rows_lib.compact(state, *bucket[i])
         return rows_lib.put(state, steps(few, i), rows_b)
 
-      wanted = lambda state, i=i: fits(state) & smaller(state, i) & ~smaller(state, i + 1)
+      def wanted(state, i=i):
+        return fits(state) & fit_bucket(state, i) & ~fit_bucket(state, i + 1)
+
       state = jax.lax.while_loop(wanted, fewer, state)
     return state, queue
 
   return jax.lax.while_loop(going, visit, (state, queue))
 
 
-def _serve(policy, state, queue, fits, smaller):
+def _serve(policy, state, queue, fits, few):
   """Steps of all rows, those that have stopped being replaced, until the last ones fit fewer."""
-  B, R = state.stop_B.size, queue.prompt_R.size
+  B, R = state.stop_B.size, queue.size
   enough = max(state.cache.width, B // 16)  # replacing has a price: not for every row that stops
 
   def going(carry):
     state, queue = carry
-    return fits(state) & (policy.any(queue.next < R) | ~smaller(state))
+    return fits(state) & (policy.any(queue.next < R) | ~few(state))
 
   def visit(carry):
     state, queue = refill(policy, *carry)
@@ -253,7 +271,7 @@ def _serve(policy, state, queue, fits, smaller):
     def more(state):
       free = state.cache.width * jnp.sum(_free_groups(state))
       take = (queue.next < R) & (free >= jnp.minimum(enough, R - queue.next))
-      return fits(state) & ~jnp.where(waiting, policy.any(take), smaller(state))
+      return fits(state) & ~jnp.where(waiting, policy.any(take), few(state))
 
     return jax.lax.while_loop(more, lambda state: step(policy, state), state), queue
 
@@ -267,38 +285,39 @@ def _free_groups(state: State):
 
 def _collect(state: State, queue: Queue) -> Queue:
   """What rows that have stopped came to, at the places of their requests."""
-  at_B = jnp.where(state.live_B, queue.prompt_R.size, queue.request_B)
+  at_B = jnp.where(state.live_B, queue.size, queue.request_B)
   rest = dataclasses.replace(state, cache=None)
   one = lambda done, x: done.at[at_B].set(x, mode='drop')
   return queue._replace(done=jax.tree.map(one, queue.done, rest))
 
 
-def fresh(policy: Policy, queue: Queue, request_B, window: int) -> State:
+def fresh(policy: Policy, requests: Requests, request_B, window: int) -> State:
   """The first state of these requests (R = nothing), without a cache."""
   take = lambda x: jnp.take(x, request_B, axis=0, mode='clip')
-  prompt_B = take(queue.prompt_R)
-  state = rows_lib.of_prompts(None, queue.tokens_PT[prompt_B], queue.length_P[prompt_B], window)
-  state = rows_lib.assign(state, **jax.tree.map(take, queue.asked))
+  prompt_B = take(requests.prompt_R)
+  prompts = requests.tokens_PT[prompt_B], requests.length_P[prompt_B]
+  state = rows_lib.of_prompts(None, *prompts, window)
+  state = rows_lib.assign(state, **jax.tree.map(take, requests.asked))
   state = rows_lib.begin(state, policy.params, policy.model, policy.spec, window)
-  there_B = request_B < queue.prompt_R.size
+  there_B = request_B < requests.prompt_R.size
   return dataclasses.replace(state, stop_B=jnp.where(there_B, state.stop_B, LENGTH))
 
 
 def refill(policy: Policy, state: State, queue: Queue) -> tuple[State, Queue]:
   """Requests that wait take the rows of the prefixes that nobody needs."""
   queue = _collect(state, queue)
-  R, W, free_Q = queue.prompt_R.size, state.cache.width, _free_groups(state)
+  R, W, free_Q = queue.size, state.cache.width, _free_groups(state)
   first_Q = queue.next + W * (jnp.cumsum(free_Q) - 1)
   request_QW = first_Q[:, None] + jnp.arange(W)[None]
   request_B = jnp.where(jnp.repeat(free_Q, W), request_QW.reshape(-1), queue.request_B)
   request_B = jnp.minimum(request_B, R).astype(jnp.int32)
-  new = fresh(policy, queue, request_B, state.tokens_BS.shape[1])
+  new = fresh(policy, queue.requests, request_B, state.tokens_BS.shape[1])
   free_B = jnp.repeat(free_Q, W)
   state = rows_lib.select(free_B, new, state)
   # The prompts of those that came; each is copied once, whatever the number of rows.
   came_Q = free_Q & (request_B[::W] < R)
   order_Q, came = jnp.argsort(~came_Q, stable=True), jnp.sum(came_Q)
-  prompt_Q = jnp.take(queue.prompt_R, request_B[::W], mode='clip')
+  prompt_Q = jnp.take(queue.requests.prompt_R, request_B[::W], mode='clip')
 
   def copy(i, shared):
     group = order_Q[i]

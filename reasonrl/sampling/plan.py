@@ -35,12 +35,18 @@ class Wave(NamedTuple):
   request: np.ndarray  # int [R]: which request each is, the number of all = none
   rows: int  # of each device
   width: int  # requests, one after the other, that share the cache of a prompt
-  ordered: bool  # whether each of these groups has the next prompt
+  ordered: bool  # whether each of these groups has the next prompt, if they are all rows
 
 
 def _power_of_two(n: int) -> int:
   """The least power of two that is at least n."""
   return 1 << max(n - 1, 0).bit_length()
+
+
+def _few_sizes(n: int) -> int:
+  """At least n, of eight numbers from a power of two to the next."""
+  step = max(1, _power_of_two(n) // 16)
+  return -(-n // step) * step
 
 
 def waves(
@@ -62,8 +68,13 @@ def waves(
   width = _width(requests, most, devices) if at_once or 2 * longest >= window else 1
 
   def per_device(count: int) -> int:
-    groups = -(-count // (width * devices))
-    return width * (_power_of_two(groups) if slots else groups)
+    """Requests: what there are, or one of few numbers, but not more rows than asked for."""
+    groups, room = -(-count // (width * devices)), slots // (width * devices)
+    if not slots:
+      return width * groups
+    if not at_once:
+      return width * _few_sizes(groups)
+    return width * max(groups, min(_power_of_two(groups), room))
 
   rows = per_device(most) if at_once else width * -(-slots // (width * devices))
   # The prompts of a program take no more memory than its rows.
@@ -86,7 +97,7 @@ def _width(requests: types.Requests, most: int, devices: int) -> int:
   common = math.gcd(*(math.gcd(*counts) for counts in sharding.gather(counts)))
   divisors = [w for w in range(1, common + 1) if common % w == 0]
   rows = {w: -(-most // (w * devices)) * w for w in divisors}
-  return max(divisors or [1], key=lambda w: (-rows[w], w))
+  return max(divisors, key=lambda w: (-rows[w], w)) if divisors else 1
 
 
 def _wave(requests, order, devices: int, longest: int, per: int, rows: int, width: int) -> Wave:
@@ -103,7 +114,7 @@ def _wave(requests, order, devices: int, longest: int, per: int, rows: int, widt
   prompt = deal(requests.prompt_R)
   used = [np.unique(row[mask]) for row, mask in zip(prompt, real, strict=True)]
   place = np.stack([np.searchsorted(u, p) for u, p in zip(used, prompt, strict=True)])
-  P = min(per // width, _power_of_two(sharding.agree(max(u.size for u in used))))
+  P = min(per // width, _few_sizes(sharding.agree(max(u.size for u in used))))
   tokens = np.zeros((devices, P, longest), np.int32)
   length = np.ones((devices, P), np.int32)
   for d, u in enumerate(used):
@@ -122,4 +133,5 @@ def _wave(requests, order, devices: int, longest: int, per: int, rows: int, widt
   )
   arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
   request = np.where(real, deal(np.arange(requests.prompt_R.size)), requests.prompt_R.size)
-  return Wave(arrays, request.reshape(-1), min(rows, per), width, sharding.agree(int(mixed)) == 0)
+  ordered = rows < per or sharding.agree(int(mixed)) == 0
+  return Wave(arrays, request.reshape(-1), min(rows, per), width, ordered)
