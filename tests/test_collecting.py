@@ -181,6 +181,7 @@ def config(times=1, **fields):
   """A run of a few thousand parameters: pretrain, then `times` of collect and sft."""
   c = common.base('star')
   c.mesh.data = 1
+  c.sampler.buckets = 1  # fewer programs to compile
   c.phases = ('pretrain', ('collect', 'sft', times))
   c.models.policy = common.model('nano')
   c.models.policy.update({'num_layers': 1, 'width': 16, 'num_heads': 2, 'num_kv_heads': 1})

@@ -177,6 +177,7 @@ def smoke(config):
   """Two steps of every phase, on one device, with a model of a few thousand parameters."""
   config = config.unlock()
   config.mesh.data = 1
+  config.sampler.buckets = 1  # fewer programs to compile
   sizes = {'num_layers': 1, 'width': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}
   for model in config.models.values():
     model.update({**sizes, 'mlp_width': 16, 'weights': '', 'compute_dtype': 'float32'})

@@ -40,6 +40,7 @@ def short(**fields):
   """Two steps of RLP on a random model."""
   config = rlp.get_config('debug').unlock()
   config.mesh.data = 1
+  config.sampler.buckets = 1  # fewer programs to compile
   config.phases = ('rlp',)
   config.models.policy.update(num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_dim=8)
   config.models.policy.mlp_width = 16

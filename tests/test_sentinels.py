@@ -63,10 +63,13 @@ def test_what_fires_after_twenty_steps_in_a_row(name, row):
 
 
 def test_what_depends_on_the_run():
-  later, half = FACTS._replace(at_reference=False), FACTS._replace(compute_dtype='bfloat16')
+  later = FACTS._replace(at_reference=False)
+  half = FACTS._replace(compute_dtype='bfloat16', cache_dtype='bfloat16')
   assert fired({'kl': 1.0}, later) == []
   assert fired({'mismatch/max': 1.6, 'kl': 1e-3}, half) == []
   assert fired({'mismatch/mean': 0.06}, half) == ['mismatch']
+  assert fired({'mismatch/max': 1.6}, FACTS._replace(cache_dtype='int8')) == []
+  assert fired({'mismatch/mean': 0.06}, FACTS._replace(cache_dtype='int8')) == ['mismatch']
   scored, sampled = (FACTS._replace(old_policy=old) for old in ('scored', 'sampled'))
   assert fired({'ratio_gap_max': 9e-5}, scored) == fired({'ratio_gap_max': 0.1}, sampled) == []
   assert fired({'ratio_gap_max': 2e-4}, scored) == ['ratio']

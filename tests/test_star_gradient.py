@@ -8,6 +8,7 @@ the gradient of the kept completions' likelihood is that of J, up to the factor 
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,8 @@ def test_the_engine_has_the_same_gradient(tmp_path):
   reinforce = tiny.make_learner(policy, params, learner.Term(algorithm.token_loss, None, 'weight'))
   policy_gradient = gradients(reinforce, params, sampled, denominator)
 
-  keeper = collecting.Keeper('accuracy', {'accuracy': (None, 1.0)}, None, '')
+  tokenizer = types.SimpleNamespace(eos_ids=range(11))  # whatever token a row ends with
+  keeper = collecting.Keeper('accuracy', {'accuracy': (None, 1.0)}, tokenizer, '')
   asked = [experience.examples[r] for r in (0, 2, 4)]
   rows = keeper.rows(experience, asked, range(3), phase='collect', iteration=0, step=1)
   path = tmp_path / 'rows.jsonl'
