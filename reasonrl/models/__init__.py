@@ -7,10 +7,12 @@ A model is a frozen dataclass of its switches with
       -> (hidden_BTD, cache)                 see `decoder.Decoder.hidden`
     head(params) -> W_VD                     with `logit_scale` and `final_softcap` as attributes
     with_head(tree, W_VD) -> tree            the same place of a tree of gradients
-    init_cache(rows, size)                   arrays [..., B, K, S, C], for `hidden`
+    embed(params, tokens) -> [..., D]        what stands for tokens at the input
+    init_cache(rows, slots, dtype)           `caches.Cache`, for `hidden`
+    fused(params) -> params                  the same for decoding, in fewer matrices
 
-and the attributes vocab_size, max_position, num_kv_heads, param_dtype, compute_dtype,
-sharding_rules and decode_sharding_rules ((regex, axes), first match).
+and the attributes vocab_size, max_position, scan_layers, param_dtype, compute_dtype, sharding_rules
+and decode_sharding_rules ((regex, axes), first match).
 """
 
 from reasonrl.models import decoder
