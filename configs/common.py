@@ -41,7 +41,7 @@ def sampler() -> ConfigDict:
   """How rows are decoded; none of it changes what is sampled but 'int8'."""
   return ConfigDict(
     {
-      # 'int8' halves what a long cache costs to read. Its probabilities are not the learner's: see
+      # 'int8' halves the bytes of a cache. Its probabilities are not the learner's: see
       # the metrics of `mismatch`, and correct them by an importance weight of the algorithm.
       'cache_dtype': 'auto',  # the compute dtype
       'segment': 128,  # slots of a cache at first; it doubles when a row needs more
