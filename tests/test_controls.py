@@ -603,6 +603,25 @@ def test_mixed_embeddings_are_what_the_model_reads(sampler, params, slots):
   assert differs > 50
 
 
+@dataclasses.dataclass(frozen=True)
+class Replaces(controls.Control):
+  """In the third step of a completion 6 takes the place of the last token."""
+
+  def step(self, state, numbers, view, made, stop_ids):
+    third_B = view.length_B - view.start_B == 2
+    token_B = jnp.where(third_B, 6, made.token_B)
+    return state, controls.Step(token_B, made.back_B + third_B, made.written_B | third_B)
+
+
+def test_a_text_is_what_stands_without_what_was_taken_back(sampler, params):
+  """5 and 4 are forced, 6 replaces the 4, and 5 6 ends the row."""
+  moves = np.asarray([[0] * 5 + [1, 0, 0], [0] * 5 + [1, 2, 0], [2] * 8], np.int16)
+  stop = controls.StopStrings(3, 2, moves.tobytes())
+  applied = (controls.Force((5, 4)), Replaces(), stop)
+  for said, _, _ in rows_of(generate(sampler, params, applied, {'forced': -1}, rows=4)):
+    assert said == [5, 6]
+
+
 def test_controls_mixtures_and_temperatures_by_row_in_any_layout(sampler, in_pieces, params):
   """Budgets, a stop text, a mixture and temperatures together: all at once, and by few rows."""
   stop = controls.StopStrings(
