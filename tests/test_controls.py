@@ -608,7 +608,8 @@ class Replaces(controls.Control):
   """In the third step of a completion 6 takes the place of the last token."""
 
   def step(self, state, numbers, view, made, stop_ids):
-    third_B = view.length_B - view.start_B == 2
+    last_B = jnp.take_along_axis(view.tokens_BS, view.length_B[:, None] - 1, axis=1)[:, 0]
+    third_B = (view.length_B - view.start_B == 2) & (last_B == 4)
     token_B = jnp.where(third_B, 6, made.token_B)
     return state, controls.Step(token_B, made.back_B + third_B, made.written_B | third_B)
 
