@@ -123,6 +123,56 @@ def arrays(executable) -> dict[str, int]:
   return {shape: math.prod(map(int, shape.split(','))) for shape in shapes}
 
 
+WIDTH = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 's16': 2, 'u16': 2, 's8': 1, 'u8': 1, 'pred': 1}
+# Free, or counted where the operation begins.
+FREE = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'while', 'conditional')
+
+
+def traffic(executable) -> int:
+  """HBM bytes of one pass through the largest loop of a TPU program.
+
+  Every operation of the loop reads its operands and writes its results, unless they are in on-chip
+  memory (`S(1)` in the layout). Updates in place, slices and gathers touch what they update or
+  yield, and a copy between the two memories what is on the side of HBM. `cost_analysis` knows
+  neither.
+  """
+
+  def sizes(shape: str) -> list[tuple[int, bool]]:  # bytes of each array, and whether in HBM
+    arrays = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?', shape)
+    return [
+      (WIDTH[kind] * math.prod(int(n) for n in dims.split(',') if n), 'S(1)' not in layout)
+      for kind, dims, layout in arrays
+      if kind in WIDTH
+    ]
+
+  def moved(name, shape, op, operands) -> int:
+    in_hbm = lambda shape: sum(n for n, hbm in sizes(shape) if hbm)
+    if op == 'dynamic-update-slice':
+      return in_hbm(operands[1]) + (sizes(operands[1])[0][0] if in_hbm(shape) else 0)
+    if op == 'copy-start':
+      return sum(n for n, hbm in sizes(shape)[:2] if hbm)
+    if op == 'slice-start':
+      return min(n for n, _ in sizes(shape)[:2])
+    if 'gather' in name or op in ('dynamic-slice', 'gather'):
+      return sum(n for n, _ in sizes(shape))
+    return in_hbm(shape) + sum(map(in_hbm, operands))
+
+  loops, current = {}, None
+  for line in executable.as_text().splitlines():
+    if begins := re.match(r'(?:ENTRY )?(%[\w.\-]+) .*\{$', line):
+      current = loops.setdefault(begins[1], [])
+    elif found := re.match(r'\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)', line):
+      current.append(found.groups())
+  body = max(loops.values(), key=lambda body: sum(op == 'fusion' for _, _, op, _ in body))
+  shapes = {name: shape for name, shape, _, _ in body}
+  total = 0
+  for name, shape, op, rest in body:
+    if op not in FREE and not op.endswith('-done'):
+      named = re.findall(r'%[\w.\-]+', rest.split('), ')[0])
+      total += moved(name, shape, op, [shapes[x] for x in named if x in shapes])
+  return total
+
+
 UNITS = ('mxu', 'xlu', 'valu', 'vpop', 'eup', 'vload', 'fill', 'vstore', 'spill', 'salu')
 
 

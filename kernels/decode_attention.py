@@ -1,12 +1,16 @@
-"""Attention of a few queries against caches: a row's own, and one that several rows share.
+"""Attention of a few tokens: to one another, to a row's own cache, and to one that rows share.
 
-Over the visible slots s of one cache, with scores x_s = cap(scale * q . k_s):
+Over the visible slots s of one of the three, with scores x_s = cap(scale * q . k_s):
 
     m = max_s x_s      t = sum_s exp(x_s - m)      o = sum_s exp(x_s - m) v_s
 
-and over the caches i, m_i + log t_i being their log-sum-exp (arXiv 2205.14135, section 3.1):
+and over the three, i, m_i + log t_i being their log-sum-exp (arXiv 2205.14135, section 3.1):
 
     M = max_i m_i      out = sum_i exp(m_i - M) o_i / sum_i exp(m_i - M) t_i
+
+The tokens' own keys and values do not come from the cache: nothing here waits for the write, so
+it happens in place. (The compiler for TPUs otherwise copies whole caches into fast memory and back
+to add a token, for half the bytes of a step.)
 
 The queries of all rows that share a cache fold into its one product, so it is read once for all of
 them. A cache may hold int8 values with a scale for each token and head: scores and weights are
@@ -37,18 +41,21 @@ def quantize(x_BKTC) -> Stored:
   x = x_BKTC.astype(jnp.float32)
   scale_BKT = jnp.max(jnp.abs(x), axis=-1) / 127.0
   safe = jnp.where(scale_BKT > 0, scale_BKT, 1.0)[..., None]
-  return Stored(jnp.round(x / safe).astype(jnp.int8), scale_BKT[:, :, None])
+  return Stored(jnp.round(x / safe).astype(jnp.int8), scale_BKT[..., None, :])
 
 
-def decode_attention(q_BHTC, own, visible_BTS, shared, visible_BTP, scale, softcap):
-  """Attention over the visible slots of both caches.
+def decode_attention(
+  q_BHTC, k_BKTC, v_BKTC, own, shared, visible_BTT, visible_BTS, visible_BTP, scale, softcap
+):
+  """Attention over what is visible of all three.
 
   Args:
     q_BHTC: H must be a multiple of K.
-    own: (keys, values), each `Stored` [B, K, S, C].
-    visible_BTS: bool, query t of row b may look at slot s.
+    k_BKTC, v_BKTC: of the same tokens.
+    own: (keys, values) of the row's other tokens, each `Stored` [B, K, S, C].
     shared: the same, [Q, K, P, C], of B / Q rows each, one after the other; None: there is none.
-    visible_BTP: bool.
+    visible_BTT: bool, query t of row b may look at token t.
+    visible_BTS, visible_BTP: bool, or at slot s of `own`, p of `shared` (None without).
     scale, softcap: as in `attention`.
 
   Returns:
@@ -59,7 +66,11 @@ def decode_attention(q_BHTC, own, visible_BTS, shared, visible_BTP, scale, softc
   if H % K or own[0].values_BKSC.shape[0] != B:
     raise ValueError(f'decode_attention: q {q_BHTC.shape}, keys {own[0].values_BKSC.shape}')
   q_BKGTC = q_BHTC.reshape(B, K, H // K, T, C)
-  parts = [_part(q_BKGTC, *own, visible_BTS[:, None, None], scale, softcap)]
+  new = Stored(k_BKTC, None), Stored(v_BKTC, None)
+  parts = [
+    _part(q_BKGTC, *new, visible_BTT[:, None, None], scale, softcap),
+    _part(q_BKGTC, *own, visible_BTS[:, None, None], scale, softcap),
+  ]
   if shared is not None:
     Q = shared[0].values_BKSC.shape[0]
     fold = lambda x: x.reshape(Q, B // Q, *x.shape[1:]).swapaxes(1, 2)
@@ -99,7 +110,9 @@ def _part(q, keys: Stored, values: Stored, visible, scale, softcap):
   return m, t, o.reshape(B, K, *lead, C)
 
 
-def decode_attention_ref(q_BHTC, own, visible_BTS, shared, visible_BTP, scale, softcap):
+def decode_attention_ref(
+  q_BHTC, k_BKTC, v_BKTC, own, shared, visible_BTT, visible_BTS, visible_BTP, scale, softcap
+):
   """The same with every cache copied to every row and head, and one softmax."""
   B, H = q_BHTC.shape[:2]
 
@@ -108,9 +121,9 @@ def decode_attention_ref(q_BHTC, own, visible_BTS, shared, visible_BTP, scale, s
     x = x.astype(jnp.float32) * (1.0 if by is None else by.swapaxes(2, 3))
     return jnp.repeat(jnp.repeat(x, B // x.shape[0], axis=0), H // x.shape[1], axis=1)
 
-  caches = [own] if shared is None else [own, shared]
-  k, v = (jnp.concatenate([whole(c[i]) for c in caches], axis=2) for i in (0, 1))
-  see = [visible_BTS] if shared is None else [visible_BTS, visible_BTP]
+  parts = [(Stored(k_BKTC, None), Stored(v_BKTC, None)), own, *([] if shared is None else [shared])]
+  k, v = (jnp.concatenate([whole(part[i]) for part in parts], axis=2) for i in (0, 1))
+  see = [visible_BTT, visible_BTS, *([] if shared is None else [visible_BTP])]
   see = jnp.concatenate(see, axis=2)[:, None]
   x = jnp.einsum('bhtc,bhsc->bhts', q_BHTC, k, precision='highest') * scale
   if softcap is not None:

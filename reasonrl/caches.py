@@ -14,6 +14,8 @@ front.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -60,21 +62,29 @@ def empty(layers: int, scanned: bool, rows: int, heads: int, slots: int, channel
   return Cache(own, jnp.full((rows, slots), -1, jnp.int32), jnp.int32(0), None, None)
 
 
-def write(layer: Layer, keys_BKTC, values_BKTC, slot) -> Layer:
-  """Puts T tokens of every row into T slots from `slot` on."""
+def write(cache: Cache, new) -> Cache:
+  """Puts T tokens of every row into the next slots, which are then behind them.
 
-  def put(x, new, at):
-    return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), at)
+  new: (keys, values), each [B, K, T, C], of every layer; scanned: one pair, [N, B, K, T, C].
+  """
+
+  def put(x, new, axis):
+    return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), cache.slot, axis)
 
   def one(old: Stored, new) -> Stored:
     if old.scale_BK1S is None:
-      return Stored(put(old.values_BKSC, new, (0, 0, slot, 0)), None)
-    values, scale = ops.quantize(new)
-    return Stored(
-      put(old.values_BKSC, values, (0, 0, slot, 0)), put(old.scale_BK1S, scale, (0, 0, 0, slot))
-    )
+      return Stored(put(old.values_BKSC, new, -2), None)
+    new = ops.quantize(new)
+    return Stored(put(old.values_BKSC, new[0], -2), put(old.scale_BK1S, new[1], -1))
 
-  return Layer(one(layer.keys, keys_BKTC), one(layer.values, values_BKTC))
+  def layer(old: Layer, new) -> Layer:
+    return Layer(one(old.keys, new[0]), one(old.values, new[1]))
+
+  if isinstance(cache.own, Layer):
+    own, pairs = layer(cache.own, new), [new]
+  else:
+    own, pairs = tuple(map(layer, cache.own, new)), new
+  return dataclasses.replace(cache, own=own, slot=cache.slot + pairs[0][0].shape[-2])
 
 
 def note(cache: Cache, positions_BT, segments_BT) -> Cache:
@@ -90,20 +100,21 @@ def note(cache: Cache, positions_BT, segments_BT) -> Cache:
   return dataclasses.replace(cache, position_BS=position_BS)
 
 
-def visible(cache: Cache, positions_BT, window: int | None):
-  """bool [B, T, S] and [B, T, P] (None without one): what tokens see of both parts."""
-  at_BT1 = positions_BT[:, :, None]
-  slot_B1S = cache.position_BS[:, None]
-  own = (slot_B1S >= 0) & (slot_B1S <= at_BT1)
-  if window is not None:
-    own &= at_BT1 - slot_B1S < window
+def visible(cache: Cache, positions_BT, segments_BT, window: int | None):
+  """bool [B, T, T], [B, T, S], [B, T, P]: what tokens in the next slots, which are noted already,
+  see of one another, of the slots before, and of the shared ones (None without any)."""
+  near = lambda other: window is None or positions_BT[:, :, None] - other < window
+  past = lambda other: other <= positions_BT[:, :, None]
+  new_B1T, old_B1S = positions_BT[:, None], cache.position_BS[:, None]
+  new = (segments_BT[:, None] > 0) & past(new_B1T) & near(new_B1T)
+  slot = jnp.arange(old_B1S.shape[-1])[None, None]
+  before = (slot < cache.slot) | (slot >= cache.slot + positions_BT.shape[1])
+  own = before & (old_B1S >= 0) & past(old_B1S) & near(old_B1S)
   if cache.shared is None:
-    return own, None
+    return new, own, None
   slot = jnp.arange(jax.tree.leaves(cache.shared)[0].shape[-2])[None, None]
-  shared = slot < jnp.repeat(cache.length_Q, cache.width)[:, None, None]
-  if window is not None:
-    shared &= at_BT1 - slot < window
-  return own, jnp.broadcast_to(shared, (*positions_BT.shape, slot.shape[-1]))
+  shared = (slot < jnp.repeat(cache.length_Q, cache.width)[:, None, None]) & near(slot)
+  return new, own, jnp.broadcast_to(shared, (*positions_BT.shape, slot.shape[-1]))
 
 
 def find_slot(cache: Cache, needed_B) -> tuple[Cache, jax.Array]:
@@ -127,19 +138,37 @@ def tidy(cache: Cache) -> Cache:
   last = jnp.iinfo(jnp.int32).max
   key_BS = jnp.where(cache.position_BS < 0, last, cache.position_BS)
   order_BS = jnp.argsort(key_BS, axis=1)
-
-  def move(x, axis):
-    at = order_BS.reshape(*[1] * (x.ndim - 4), order_BS.shape[0], 1, *_beside(order_BS, axis))
-    return jnp.take_along_axis(x, at, axis=axis)
-
-  own = _stored(cache.own, move)
+  forms = {'tpu': move_one_by_one, 'default': move_at_once}
+  own = jax.lax.platform_dependent(cache.own, order_BS, **forms)
   position_BS = jnp.take_along_axis(cache.position_BS, order_BS, axis=1)
   return dataclasses.replace(cache, own=own, position_BS=position_BS)
 
 
-def _beside(order_BS, axis: int) -> tuple[int, int]:
-  """The last two axes of an index along `axis`."""
-  return (order_BS.shape[1], 1) if axis == -2 else (1, order_BS.shape[1])
+def move_at_once(own, order_BS):
+  """Layers whose slot i has what was in slot order_BS[:, i]."""
+
+  def move(x, axis):
+    beside = (1, -1, 1) if axis == -2 else (1, 1, -1)
+    at = order_BS.reshape(*[1] * (x.ndim - 4), order_BS.shape[0], *beside)
+    return jnp.take_along_axis(x, at, axis=axis)
+
+  return _stored(own, move)
+
+
+def move_one_by_one(own, order_BS):
+  """The same, head by head and row by row, in place. For TPUs: their compiler turns the cache into
+  another layout for the gather of all, which takes two more of it."""
+  heads = jax.tree.leaves(own)[0].shape[:-2]  # [B, K] or [N, B, K]
+
+  def move(at, x, axis):
+    old = jax.lax.dynamic_slice(x, (*at, 0, 0), (1,) * len(at) + x.shape[-2:])
+    new = jnp.take(old, order_BS[at[-2]], axis=axis, mode='clip')
+    return jax.lax.dynamic_update_slice(x, new, (*at, 0, 0))
+
+  def one(i, own):
+    return _stored(own, functools.partial(move, jnp.unravel_index(i, heads)))
+
+  return jax.lax.fori_loop(0, math.prod(heads), one, own)
 
 
 def _stored(tree, function):

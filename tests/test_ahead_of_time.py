@@ -38,10 +38,10 @@ def without_cache():
 
 
 @functools.cache
-def bench():
-  """experiments/bench/policy_loss/ahead_of_time.py."""
-  path = ROOT / 'experiments/bench/policy_loss/ahead_of_time.py'
-  spec = importlib.util.spec_from_file_location('policy_loss_ahead_of_time', path)
+def bench(what='policy_loss'):
+  """experiments/bench/<what>/ahead_of_time.py."""
+  path = ROOT / f'experiments/bench/{what}/ahead_of_time.py'
+  spec = importlib.util.spec_from_file_location(f'{what}_ahead_of_time', path)
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module
   spec.loader.exec_module(module)
@@ -193,6 +193,28 @@ def test_the_update_of_a_model_on_four_chips(shape):
 
 
 LOSS = ('policy_loss_forward', 'policy_loss_backward')
+
+
+@pytest.mark.parametrize('cache_dtype', ['auto', 'int8'])
+def test_a_step_reads_weights_and_caches_once(cache_dtype):
+  """And nothing else is as large; the caches are written in place."""
+  needs('v5e')
+  of = bench('sampler').case('v5e', cache_dtype=cache_dtype)
+  executable, caches = bench('sampler').steps(of)
+  read = bench('sampler').bytes_of(of.params) + caches
+  assert 0.98 * read < ahead_of_time.traffic(executable) < 1.05 * read
+  memory = executable.memory_analysis()
+  assert memory.alias_size_in_bytes > 0.95 * caches  # but for the prompts', which are only read
+  assert memory.temp_size_in_bytes < 0.05 * read
+
+
+@pytest.mark.parametrize(('segment', 'limit'), [(2048, 1.1), (128, 1.6)])
+def test_the_whole_program_holds_its_caches_and_little_else(segment, limit):
+  """Where a segment becomes its double there is both, 1.5 of the last."""
+  needs('v5e')
+  of = bench('sampler').case('v5e', 4, segment=segment, buckets=1)
+  executable, caches = bench('sampler').program(of, 64, 0)
+  assert executable.memory_analysis().temp_size_in_bytes < limit * caches
 
 
 def test_what_is_missing_is_said(monkeypatch):

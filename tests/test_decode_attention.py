@@ -10,8 +10,8 @@ import pytest
 from reasonrl.kernels import decode_attention as kernel
 from reasonrl.kernels.decode_attention import Stored
 
-attend = jax.jit(kernel.decode_attention, static_argnums=(5, 6))
-twin = jax.jit(kernel.decode_attention_ref, static_argnums=(5, 6))
+attend = jax.jit(kernel.decode_attention, static_argnums=(8, 9))
+twin = jax.jit(kernel.decode_attention_ref, static_argnums=(8, 9))
 
 
 def plain(x):
@@ -19,18 +19,24 @@ def plain(x):
 
 
 def test_by_hand():
-  """Scores ln 1, ln 2 in the shared part and ln 5 in the row's own: weights 1/8, 2/8, 5/8."""
+  """Scores ln 1, ln 2 in the shared part, ln 5 in the row's own, ln 8 of the token itself: weights
+  1/16, 2/16, 5/16, 8/16."""
   q = jnp.ones((1, 1, 1, 1))
+  new = np.log(8.0) * q, 3.0 * q
   shared = plain(np.log([1.0, 2.0, 9.0]).reshape(1, 1, 3, 1)), plain([[[[8.0], [0.0], [7.0]]]])
   own = plain(np.log([5.0, 3.0]).reshape(1, 1, 2, 1)), plain([[[[16.0], [9.0]]]])
   see_own, see_shared = jnp.asarray([[[True, False]]]), jnp.asarray([[[True, True, False]]])
-  out = attend(q, own, see_own, shared, see_shared, 1.0, None)
-  assert out.item() == pytest.approx(8 / 8 + 5 * 16 / 8, rel=1e-6)
-  nothing = attend(q, own, see_own & False, shared, see_shared & False, 1.0, None)
-  assert nothing.item() == 0
-  one = attend(q, own, see_own & False, shared, see_shared, 1.0, None)
-  assert one.item() == pytest.approx(8 / 3, rel=1e-6)
-  assert attend(q, own, see_own, None, None, 1.0, None).item() == pytest.approx(16)
+  see_new = jnp.asarray([[[True]]])
+  at = lambda a, b, c: attend(
+    q, *new, own, shared, see_new & a, see_own & b, see_shared & c, 1.0, None
+  )
+  assert at(True, True, True).item() == pytest.approx((8 + 5 * 16 + 8 * 3) / 16, rel=1e-6)
+  assert at(False, True, True).item() == pytest.approx((8 + 5 * 16) / 8, rel=1e-6)
+  assert at(False, False, True).item() == pytest.approx(8 / 3, rel=1e-6)
+  assert at(True, False, False).item() == pytest.approx(3)
+  assert at(False, False, False).item() == 0
+  alone = attend(q, *new, own, None, see_new, see_own, None, 1.0, None)
+  assert alone.item() == pytest.approx((5 * 16 + 8 * 3) / 13, rel=1e-6)
 
 
 @functools.cache
@@ -43,11 +49,12 @@ def case(name, dtype, quantised=False):
     return kernel.quantize(x) if quantised else Stored(x, None)
 
   q = jnp.asarray(rng.normal(size=(B, H, T, C)), dtype)
+  new = (jnp.asarray(rng.normal(size=(B, K, T, C)), dtype) for _ in range(2))
   own = stored(B, S), stored(B, S)
   shared = (stored(Q, P), stored(Q, P)) if Q else None
-  see = jnp.asarray(rng.random((B, T, S)) < 0.6), jnp.asarray(rng.random((B, T, P)) < 0.6)
-  see = see[0].at[0].set(False), see[1].at[-1].set(False)
-  return q, own, see[0], shared, see[1] if Q else None, C**-0.5, softcap
+  see = [jnp.asarray(rng.random((B, T, n)) < 0.6) for n in (T, S, P)]
+  see[1], see[2] = see[1].at[0].set(False), see[2].at[-1].set(False) if Q else None
+  return q, *new, own, shared, *see, C**-0.5, softcap
 
 
 @pytest.mark.parametrize('quantised', [False, True])
@@ -78,6 +85,6 @@ def test_quantised_values():
 
 
 def test_heads_that_do_not_divide():
-  q, own, *rest = case('own', 'float32')
+  q, *rest = case('own', 'float32')
   with pytest.raises(ValueError, match='decode_attention: q'):
-    attend(q[:, :3], own, *rest)
+    attend(q[:, :3], *rest)

@@ -43,21 +43,20 @@ def rms_norm(x, scale, eps: float, plus_one: bool):
 class _Block(nn.Module):
   """One layer; `cfg` is the Decoder.
 
-  attend(q, k, v, cache) is what its heads look at and the cache with k and v; `cache` is its own.
+  attend(q, k, v) is what its heads look at. Also returns k and v.
   """
 
   cfg: Any
 
   @nn.compact
-  def __call__(self, x_BTD, attend, rotation, cache):
+  def __call__(self, x_BTD, attend, rotation):
     cfg = self.cfg
     norm = lambda name: _Norm(cfg, cfg.width, name=name)
     h = norm('attn_norm')(x_BTD)
-    attention = _Attention(cfg, name='attn')
-    h, cache = attention(h, attend, rotation, cache)
+    h, new = _Attention(cfg, name='attn')(h, attend, rotation)
     x_BTD = x_BTD + (norm('post_attn_norm')(h) if cfg.post_norms else h)
     h = _Mlp(cfg, name='mlp')(norm('mlp_norm')(x_BTD))
-    return x_BTD + (norm('post_mlp_norm')(h) if cfg.post_norms else h), cache
+    return x_BTD + (norm('post_mlp_norm')(h) if cfg.post_norms else h), new
 
 
 class _Linear(nn.Module):
@@ -92,12 +91,12 @@ class _Norm(nn.Module):
 
 
 class _Attention(nn.Module):
-  """Grouped-query attention (arXiv 2305.13245) with rotary positions and an optional cache."""
+  """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
   cfg: Any
 
   @nn.compact
-  def __call__(self, h_BTD, attend, rotation, cache):
+  def __call__(self, h_BTD, attend, rotation):
     cfg, (B, T, D) = self.cfg, h_BTD.shape
     H, K, C = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
 
@@ -113,9 +112,8 @@ class _Attention(nn.Module):
       q, k = _Norm(cfg, C, name='q_norm')(q), _Norm(cfg, C, name='k_norm')(k)
     q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    out, cache = attend(q, k, v, cache)
-    out = out.swapaxes(1, 2).reshape(B, T, H * C)
-    return _Linear(cfg, D, H * C, cfg.residual_init, False, name='o')(out), cache
+    out = attend(q, k, v).swapaxes(1, 2).reshape(B, T, H * C)
+    return _Linear(cfg, D, H * C, cfg.residual_init, False, name='o')(out), (k, v)
 
 
 class _Mlp(nn.Module):
@@ -254,13 +252,13 @@ class Decoder:
     dtype = jnp.dtype(self.param_dtype)
     keys = jax.random.split(key, self.num_layers + 2)
     x = jnp.zeros((1, 1, self.width))
-    attend = lambda q, k, v, cache: (q, cache)
+    attend = lambda q, k, v: q
     rotation = (jnp.ones((1, 1, 1, self.head_dim // 2)),) * 2
     table = lambda key, std: std * jax.random.normal(key, (self.vocab_size, self.width))
     params = {
       'embed': {'weight': table(keys[0], 0.02).astype(dtype)},
       'layers': {
-        self._layer(i): _Block(self).init(keys[i + 2], x, attend, rotation, None)['params']
+        self._layer(i): _Block(self).init(keys[i + 2], x, attend, rotation)['params']
         for i in range(self.num_layers)
       },
       'final_norm': _Norm(self, self.width).init(keys[0], x)['params'],
@@ -337,63 +335,51 @@ class Decoder:
       attend = self._attend(positions_BT, segments_BT, window, cache, fresh, mesh)
 
       def block(weights, x, own, shared):
-        look = functools.partial(attend, shared=shared)
-        return _Block(self).apply({'params': weights}, x, look, rotation, own)
+        look = functools.partial(attend, own=own, shared=shared)
+        x, new = _Block(self).apply({'params': weights}, x, look, rotation)
+        return x, None if cache is None else new
 
       return jax.checkpoint(block) if self.remat else block
 
     kinds = {window: kind(window) for window in {self._window(i) for i in range(self.num_layers)}}
     run = self._scanned if self.scan_layers else self._unrolled
-    x, cache = run(kinds, params['layers'], x, cache)
+    x, new = run(kinds, params['layers'], x, cache)
     if cache is not None:
-      cache = dataclasses.replace(cache, slot=cache.slot + positions_BT.shape[1])
+      if not fresh:  # written once all layers have read: see `kernels.decode_attention`
+        x, new = jax.lax.optimization_barrier((x, new))
+      cache = caches.write(cache, new)
     norm = params['final_norm']['scale']
     return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
 
   def _attend(self, positions_BT, segments_BT, window, cache, fresh: bool, mesh):
-    """(q, k, v, own, shared) -> what the heads see, and `own` with k and v in it."""
+    """(q, k, v, own, shared) -> what the heads see."""
     scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
     form = (scale, self.attention_softcap)
-    if cache is None:
+    if cache is None or fresh:
       look = lambda q, k, v: ops.self_attention(q, k, v, segments_BT, window, *form, mesh)
-      return lambda q, k, v, own, shared: (look(q, k, v), None)
-    see = None if fresh else caches.visible(cache, positions_BT, window)
-
-    def attend(q, k, v, own, shared):
-      own = caches.write(own, k, v, cache.slot)
-      if fresh:
-        return ops.self_attention(q, k, v, segments_BT, window, *form, mesh), own
-      return ops.decode_attention(q, own, see[0], shared, see[1], *form), own
-
-    return attend
+      return lambda q, k, v, own, shared: look(q, k, v)
+    see = caches.visible(cache, positions_BT, segments_BT, window)
+    return lambda q, k, v, own, shared: ops.decode_attention(q, k, v, own, shared, *see, *form)
 
   def _unrolled(self, kinds, layers, x, cache):
     new = []
     for i in range(self.num_layers):
       own = None if cache is None else cache.own[i]
       shared = None if cache is None or cache.shared is None else cache.shared[i]
-      x, own = kinds[self._window(i)](layers[self._layer(i)], x, own, shared)
-      new.append(own)
-    return x, None if cache is None else dataclasses.replace(cache, own=tuple(new))
+      x, pair = kinds[self._window(i)](layers[self._layer(i)], x, own, shared)
+      new.append(pair)
+    return x, new
 
   def _scanned(self, kinds, layers, x, cache):
-    """lax.scan over stacked layers; the cache rides in the carry (as xs/ys it would be copied)."""
+    """lax.scan over stacked layers."""
     (block,) = kinds.values()  # one window for all: `__post_init__`
     stacked = jax.tree.map(
       lambda *leaves: jnp.stack(leaves), *(layers[self._layer(i)] for i in range(self.num_layers))
     )
     own, shared = (None, None) if cache is None else (cache.own, cache.shared)
 
-    def body(carry, layer):
-      x, own = carry
-      i, weights = layer
-      of_layer = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-      x, new = block(weights, x, *(jax.tree.map(of_layer, part) for part in (own, shared)))
-      update = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
-      return (x, jax.tree.map(update, own, new)), None
-
-    (x, own), _ = jax.lax.scan(body, (x, own), (jnp.arange(self.num_layers), stacked))
-    return x, None if cache is None else dataclasses.replace(cache, own=own)
+    layer = lambda x, layer: block(layer[0], x, *layer[1:])
+    return jax.lax.scan(layer, x, (stacked, own, shared))
 
   def _window(self, layer: int) -> int | None:
     n = self.sliding_window_pattern

@@ -44,6 +44,9 @@ PURPOSES = {
 }
 
 
+PREFILL = 8192  # tokens: enough for every back end's products, whose results take memory
+
+
 @functools.partial(jax.jit, static_argnums=(0,))
 def _row_keys(seed, folds):
   def one(*parts):
@@ -292,7 +295,7 @@ class Sampler:
       asked = {'key_B': arrays.key_R, 'max_new_B': arrays.max_new_R, 'numbers': arrays.numbers}
       asked['temperature_B'] = arrays.temperature_R
       bucket = loop.buckets(rows, width, self.buckets)
-      prompts = self._prefilled(params, tokens_PT, length_P, T, rows)
+      prompts = self._prefilled(params, tokens_PT, length_P, T)
       requests, R = (
         loop.Requests(tokens_PT, length_P, arrays.prompt_R, asked),
         arrays.key_R.shape[0],
@@ -337,9 +340,10 @@ class Sampler:
   def _empty(self, rows: int, slots: int) -> caches.Cache:
     return self.model.init_cache(rows, slots, self.dtype)
 
-  def _prefilled(self, params, tokens_PT, length_P, slots: int, at_a_time: int = 0) -> caches.Cache:
-    """The keys and values of prompts, `at_a_time` (0: all) of them in one pass of the trunk."""
+  def _prefilled(self, params, tokens_PT, length_P, slots: int) -> caches.Cache:
+    """The keys and values of prompts, PREFILL tokens in one pass of the trunk."""
     P, T = tokens_PT.shape
+    at_a_time = max(1, PREFILL // T)
 
     def some(tokens_PT, length_P):
       positions = jnp.broadcast_to(jnp.arange(T), tokens_PT.shape)
@@ -349,7 +353,7 @@ class Sampler:
         params, tokens_PT, positions, segments, empty, mesh=self.mesh, fresh=True
       )[1]
 
-    if not at_a_time or P <= at_a_time:
+    if P <= at_a_time:
       return some(tokens_PT, length_P)
     missing = -P % at_a_time
     tokens_PT = jnp.pad(tokens_PT, ((0, missing), (0, 0)))
