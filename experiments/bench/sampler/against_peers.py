@@ -1,0 +1,256 @@
+"""The sampler against transformers' generate, google-tunix and llama.cpp, on SmolLM2-135M.
+
+  python -m venv .venv-transformers; .venv-transformers/bin/pip install torch transformers
+  python -m venv .venv-tunix;        .venv-tunix/bin/pip install google-tunix      # Python 3.12
+  python -m venv .venv-llama;        .venv-llama/bin/pip install llama-cpp-python gguf safetensors
+  python experiments/bench/sampler/against_peers.py
+
+Engines whose environment is not there are left out, and the table says so. Every engine is a
+process of its own that keeps its weights loaded; all have the same ones, all may use both cores.
+First every engine continues eight texts greedily: in float32 all must agree on every token, in
+bfloat16 on the first ones. Then, for every shape, the engines take turns: 64 tokens of prompt, 64
+or 256 new ones at temperature 1 without truncation; 8 samples of each prompt, or one of one. No
+token ends a sample. The first turn is not timed.
+
+Writes against_peers.json and the table against_peers.md beside this file; about an hour.
+
+  tok/s     new tokens per second, prompts and all: the median, and the ratio of ours to it in the
+            same turn
+  roofline  time in which the machine could do it over the time it took. A step reads the weights
+            and the caches, and multiplies each row with the weights: bytes at the bandwidth or
+            products at the rate, whichever takes longer, both as measured before the first turn
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from reasonrl import export, pretrained
+from reasonrl.configs import common
+from reasonrl.models import decoder, gguf, huggingface
+from reasonrl.tokenizers.byte_level_bpe import ByteLevelBPE
+
+HERE = pathlib.Path(__file__).parent
+WORKDIR = flags.DEFINE_string('workdir', 'runs/bench_sampler', 'Where the weights are written.')
+PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.')
+REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.')
+ROWS = flags.DEFINE_list('rows', ['1', '8', '64'], 'Samples at a time.')
+NEW = flags.DEFINE_list('new', ['64', '256'], 'New tokens of each.')
+PROMPT, SAMPLES, GREEDY = 64, 8, 32
+
+# name -> (environment, script, its arguments)
+ENGINES = {
+  'ours, bfloat16': ('', 'ours.py', 'bfloat16'),
+  'ours, float32': ('', 'ours.py', 'float32'),
+  'transformers, bfloat16': (
+    '.venv-transformers',
+    'transformers_generate.py',
+    'bfloat16',
+    'dynamic',
+  ),
+  'transformers, bfloat16, static cache': (
+    *('.venv-transformers', 'transformers_generate.py'),
+    *('bfloat16', 'static'),
+  ),
+  'tunix, float32': ('.venv-tunix', 'tunix_sampler.py', 'float32'),
+  'tunix, bfloat16': ('.venv-tunix', 'tunix_sampler.py', 'bfloat16'),
+  'llama.cpp, bfloat16': ('.venv-llama', 'llama_cpp_batch.py', 'bfloat16'),
+  'llama.cpp, float32': ('.venv-llama', 'llama_cpp_batch.py', 'float32'),
+}
+
+
+class Engine:
+  """A process that answers requests, see engines/protocol.py."""
+
+  def __init__(self, name: str, folder: pathlib.Path):
+    environment, script, *args = ENGINES[name]
+    python = (
+      pathlib.Path(PEERS.value) / environment / 'bin/python' if environment else sys.executable
+    )
+    if environment and not python.exists():
+      raise FileNotFoundError(f'no {python}')
+    command = [str(python), HERE / 'engines' / script, folder, *args]
+    log = open(folder / f'{name}.log', 'w')  # noqa: SIM115, as long as the process
+    env = {k: v for k, v in os.environ.items() if not k.startswith('OPENBLAS')}
+    self.name, self.log = name, log.name
+    self.process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
+    )
+    self._answer()
+
+  def __call__(self, **request) -> dict:
+    print(json.dumps(request), file=self.process.stdin, flush=True)
+    return self._answer()
+
+  def _answer(self):
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(f'{self.name} ended with {self.process.wait()}: see {self.log}')
+    return json.loads(line)
+
+
+def write_weights(folder: pathlib.Path) -> decoder.Decoder:
+  """SmolLM2-135M as config.json and float32 safetensors."""
+  fields, params = gguf.read(pretrained.SMOLLM2)
+  config = common.model('smollm2_135m').to_dict() | fields
+  model = decoder.Decoder(**{k: v for k, v in config.items() if k not in ('kind', 'weights')})
+  names = huggingface.names(config)
+  tensors = export.by_name(names, jax.tree.map(jnp.asarray, params))
+  shapes = export.by_name(names, jax.eval_shape(model.init, jax.random.key(0)))
+  export.write_weights(tensors, shapes, 'float32', folder)
+  export.write_json(folder / huggingface.CONFIG, huggingface.config(model))
+  return model
+
+
+def texts() -> list[list[int]]:
+  """Eight prompts: pieces of the README."""
+  tokenizer = ByteLevelBPE.from_gguf(pretrained.SMOLLM2)
+  ids = tokenizer.encode((HERE.parents[2] / 'README.md').read_text())
+  return [list(map(int, ids[i * PROMPT : (i + 1) * PROMPT])) for i in range(8)]
+
+
+def machine() -> dict[str, float]:
+  """Bytes per second that both cores read, and operations per second of their products."""
+  x = [np.ones(64 * 2**20, np.float32) for _ in range(4)]  # 256 MiB each
+  read = lambda i: np.dot(x[2 * i], x[2 * i + 1])
+
+  def both():
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(2)]
+    start = time.perf_counter()
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    return time.perf_counter() - start
+
+  found = {'bandwidth': sum(a.nbytes for a in x) / min(both() for _ in range(5))}
+  for dtype in ('float32', 'bfloat16'):
+    a = jnp.ones((2048, 2048), dtype)
+    product = jax.jit(lambda a: a @ a.T)
+    product(a).block_until_ready()
+    times = []
+    for _ in range(5):
+      start = time.perf_counter()
+      product(a).block_until_ready()
+      times.append(time.perf_counter() - start)
+    found[dtype] = 2 * 2048**3 / min(times)
+  return found
+
+
+def floor(model: decoder.Decoder, rows: int, new: int, dtype: str, rates: dict) -> float:
+  """Seconds that the machine needs: see the top. The prompt's tokens multiply without the head."""
+  width = jnp.dtype(dtype).itemsize
+  layers = model.num_layers * (
+    model.width * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+    + 3 * model.width * model.mlp_width
+  )
+  weights = layers + model.vocab_size * model.width
+  prompts = max(1, rows // SAMPLES)
+  seconds = 2 * layers * prompts * PROMPT / rates[dtype]
+  token = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values
+  for step in range(new):
+    cached = token * (prompts * PROMPT + rows * step)
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * rows * (PROMPT + step)
+    read = width * (weights + cached) / rates['bandwidth']
+    seconds += max(read, (2 * weights * rows + attention) / rates[dtype])
+  return seconds
+
+
+def agree(engines: list[Engine], prompts) -> dict[str, float]:
+  """Greedy tokens equal to those of our float32 before the first difference, of GREEDY, a mean.
+
+  Raises:
+    AssertionError: engines of float32 differ, or one of bfloat16 from the start.
+  """
+  ask = lambda engine: engine(prompts=prompts, samples=1, new=GREEDY, temperature=0, seed=0)
+  found = {engine.name: np.asarray(ask(engine)['tokens']) for engine in engines}
+  equal = {}
+  for name, tokens in found.items():
+    same = np.cumprod(tokens == found['ours, float32'], axis=1).sum(1)
+    equal[name] = float(same.mean())
+    if 'float32' in name:
+      assert (same == GREEDY).all(), f'{name} is another model: {same}'
+    assert same.mean() > GREEDY / 4, f'{name} is another model: {same}'
+  return equal
+
+
+def table(result: dict) -> str:
+  times, rates = result['seconds'], result['machine']
+  shapes = list(next(iter(times.values())))
+  lines = ['| | ' + ' | '.join(f'{shape} tok/s' for shape in shapes) + ' |']
+  lines.append('|' + '---|' * (1 + len(shapes)))
+  ours = times['ours, bfloat16'], times['ours, float32']
+  for name, by_shape in times.items():
+    cells = []
+    for shape in shapes:
+      rows, new = map(int, shape.split(' x '))
+      seconds = np.asarray(by_shape[shape])
+      share = result['floor'][name][shape] / np.median(seconds)
+      cell = f'{rows * new / np.median(seconds):.0f} ({share:.0%}'
+      if not name.startswith('ours'):
+        ratios = [np.median(seconds / np.asarray(our[shape])) for our in ours]
+        cell += f'; {ratios[0]:.1f}, {ratios[1]:.1f} x'
+      cells.append(cell + ')')
+    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+  peak = ', '.join(f'{rates[dtype] / 1e9:.0f} G {dtype}' for dtype in ('float32', 'bfloat16'))
+  about = (
+    f'{result["repeats"]} turns. Rows x new tokens. In brackets: share of the roofline; how many '
+    'times as fast ours is in bfloat16, in float32.\n'
+    f'Machine: {rates["bandwidth"] / 1e9:.1f} GB/s read, operations per second {peak}.\n'
+    f'Equal greedy tokens of {GREEDY}: '
+    + ', '.join(f'{name} {n:.1f}' for name, n in result['equal'].items())
+    + '.\n'
+    + (f'Left out: {"; ".join(result["left_out"])}.\n' if result['left_out'] else '')
+  )
+  return about + '\n' + '\n'.join(lines) + '\n'
+
+
+def main(_) -> None:
+  folder = pathlib.Path(WORKDIR.value).absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  model, prompts, rates = write_weights(folder), texts(), machine()
+  engines, left_out = [], []
+  for name in ENGINES:
+    try:
+      engines.append(Engine(name, folder))
+    except FileNotFoundError as error:
+      left_out.append(f'{name} ({error})')
+  result = {'repeats': REPEATS.value, 'machine': rates, 'left_out': left_out}
+  result['equal'] = agree(engines, prompts)
+  logging.info('equal greedy tokens: %s', result['equal'])
+  result['seconds'] = {engine.name: {} for engine in engines}
+  result['floor'] = {engine.name: {} for engine in engines}
+  for rows in map(int, ROWS.value):
+    for new in map(int, NEW.value):
+      shape, samples = f'{rows} x {new}', min(rows, SAMPLES)
+      for turn in range(REPEATS.value + 1):
+        for engine in engines:
+          asked = {'prompts': prompts[: rows // samples], 'samples': samples}
+          answer = engine(**asked, new=new, temperature=1, seed=turn)
+          tokens = np.asarray(answer['tokens'])
+          assert tokens.shape == (rows, new), f'{engine.name}: {tokens.shape}, not {shape}'
+          if turn:
+            result['seconds'][engine.name].setdefault(shape, []).append(round(answer['seconds'], 3))
+      for engine in engines:
+        dtype = 'float32' if 'float32' in engine.name else 'bfloat16'
+        result['floor'][engine.name][shape] = floor(model, rows, new, dtype, rates)
+        spent = result['seconds'][engine.name][shape]
+        logging.info('%s, %s: %s s', shape, engine.name, spent)
+      (HERE / 'against_peers.json').write_text(json.dumps(result, indent=1) + '\n')
+      (HERE / 'against_peers.md').write_text(table(result))
+  print(table(result))
+
+
+if __name__ == '__main__':
+  app.run(main)
