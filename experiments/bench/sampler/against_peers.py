@@ -36,10 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from reasonrl import export, pretrained
-from reasonrl.configs import common
-from reasonrl.models import decoder, gguf, huggingface
-from reasonrl.tokenizers.byte_level_bpe import ByteLevelBPE
+from reasonrl.experiments import smollm2
+from reasonrl.models import decoder
 
 HERE = pathlib.Path(__file__).parent
 WORKDIR = flags.DEFINE_string('workdir', 'runs/bench_sampler', 'Where the weights are written.')
@@ -100,26 +98,6 @@ class Engine:
     return json.loads(line)
 
 
-def write_weights(folder: pathlib.Path) -> decoder.Decoder:
-  """SmolLM2-135M as config.json and float32 safetensors."""
-  fields, params = gguf.read(pretrained.SMOLLM2)
-  config = common.model('smollm2_135m').to_dict() | fields
-  model = decoder.Decoder(**{k: v for k, v in config.items() if k not in ('kind', 'weights')})
-  names = huggingface.names(config)
-  tensors = export.by_name(names, jax.tree.map(jnp.asarray, params))
-  shapes = export.by_name(names, jax.eval_shape(model.init, jax.random.key(0)))
-  export.write_weights(tensors, shapes, 'float32', folder)
-  export.write_json(folder / huggingface.CONFIG, huggingface.config(model))
-  return model
-
-
-def texts() -> list[list[int]]:
-  """Eight prompts: pieces of the README."""
-  tokenizer = ByteLevelBPE.from_gguf(pretrained.SMOLLM2)
-  ids = tokenizer.encode((HERE.parents[2] / 'README.md').read_text())
-  return [list(map(int, ids[i * PROMPT : (i + 1) * PROMPT])) for i in range(8)]
-
-
 def machine() -> dict[str, float]:
   """Bytes per second that both cores read, and operations per second of their products."""
   x = [np.ones(64 * 2**20, np.float32) for _ in range(4)]  # 256 MiB each
@@ -136,13 +114,13 @@ def machine() -> dict[str, float]:
 
   found = {'bandwidth': sum(a.nbytes for a in x) / min(both() for _ in range(5))}
   for dtype in ('float32', 'bfloat16'):
-    a = jnp.ones((2048, 2048), dtype)
-    product = jax.jit(lambda a: a @ a.T)
-    product(a).block_until_ready()
+    a, b = jnp.ones((2048, 2048), dtype), jnp.ones((2048, 2048), dtype)
+    product = jax.jit(lambda a, b: jnp.einsum('mk,nk->mn', a, b))
+    product(a, b).block_until_ready()
     times = []
     for _ in range(5):
       start = time.perf_counter()
-      product(a).block_until_ready()
+      product(a, b).block_until_ready()
       times.append(time.perf_counter() - start)
     found[dtype] = 2 * 2048**3 / min(times)
   return found
@@ -219,7 +197,7 @@ def table(result: dict) -> str:
 def main(_) -> None:
   folder = pathlib.Path(WORKDIR.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  model, prompts, rates = write_weights(folder), texts(), machine()
+  model, prompts, rates = smollm2.write(folder), smollm2.pieces(8, PROMPT), machine()
   engines, left_out = [], []
   for name in ENGINES:
     try:

@@ -1,0 +1,94 @@
+"""A step of GRPO against TRL's GRPOTrainer and google-tunix's GRPOLearner, on SmolLM2-135M.
+
+  python -m venv .venv-trl;   .venv-trl/bin/pip install torch transformers trl
+  python -m venv .venv-tunix; .venv-tunix/bin/pip install google-tunix      # Python 3.12
+  python experiments/bench/step/against_peers.py
+
+Prompts of 64 tokens, completions of 64, temperature 1, KL against a reference with beta .04, AdamW,
+one update per step. TRL: 8 prompts with 8 completions each, weights and products in bfloat16 (ours:
+products; weights are float32). tunix, which needs more memory: 2 with 4, in float32. The engines
+take turns, each in a process of its own; the first step of a turn, which compiles, is left out.
+
+Writes against_peers.json and the table against_peers.md beside this file: median seconds of a step
+and its parts, and how many times as fast ours is, the median over the turns; about 40 minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from absl import app, flags, logging
+
+from reasonrl.experiments import smollm2
+
+HERE = pathlib.Path(__file__).parent
+WORKDIR = flags.DEFINE_string('workdir', 'runs/bench_step', 'Where the weights are written.')
+PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.')
+REPEATS = flags.DEFINE_integer('repeats', 3, 'Turns.')
+STEPS = flags.DEFINE_integer('steps', 3, 'Of each turn.', lower_bound=2)
+
+# peer -> (environment, script, prompts, completions of each)
+PEER = {
+  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8),
+  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4),
+}
+PARTS = ('sample', 'score', 'update', 'step')
+
+
+def run(python: str, script: str, folder: pathlib.Path, *sizes: int) -> list[dict[str, float]]:
+  """Seconds of the parts of every step but the first."""
+  command = [python, HERE / 'engines' / script, folder, *map(str, sizes)]
+  env = {k: v for k, v in os.environ.items() if not k.startswith('OPENBLAS')}
+  done = subprocess.run(command, capture_output=True, text=True, env=env)
+  if done.returncode:
+    raise RuntimeError(f'{script} ended with {done.returncode}:\n{done.stderr[-3000:]}')
+  lines = [line for line in done.stdout.splitlines() if line.startswith('STEP ')]
+  return [json.loads(line.removeprefix('STEP ')) for line in lines][1:]
+
+
+def table(result: dict) -> str:
+  lines = ['| | sequences | ' + ' | '.join(PARTS) + ' | ours is faster by |', '|---' * 7 + '|']
+  for peer, sides in result['seconds'].items():
+    prompts, samples = PEER[peer][2:]
+    step = {side: [np.median([s['step'] for s in turn]) for turn in sides[side]] for side in sides}
+    ratio = np.median(np.asarray(step[peer]) / np.asarray(step['ours']))
+    for side, turns in sides.items():
+      steps = [s for turn in turns for s in turn]
+      spent = [[s[part] for s in steps if part in s] for part in PARTS]
+      cells = [f'{np.median(seconds):.1f}' if seconds else '' for seconds in spent]
+      last = '' if side == 'ours' else f'{ratio:.1f}'
+      lines.append(f'| {side} | {prompts} x {samples} | ' + ' | '.join([*cells, last]) + ' |')
+  left = f'\nLeft out: {"; ".join(result["left_out"])}.\n' if result['left_out'] else ''
+  return '\n'.join(lines) + '\n' + left
+
+
+def main(_) -> None:
+  folder = pathlib.Path(WORKDIR.value).absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  smollm2.write(folder)
+  rows = [{'problem': text, 'answer': ''} for text in smollm2.texts(24, 64)]
+  (folder / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  result = {'seconds': {}, 'left_out': []}
+  for turn in range(REPEATS.value):
+    for peer, (environment, script, prompts, samples) in PEER.items():
+      python = pathlib.Path(PEERS.value) / environment / 'bin/python'
+      if not python.exists():
+        result['left_out'] += [f'{peer} (no {python})'] if not turn else []
+        continue
+      sizes = prompts, samples, STEPS.value
+      for side, call in {'ours': (sys.executable, 'ours.py'), peer: (str(python), script)}.items():
+        steps = run(*call, folder, *sizes)
+        result['seconds'].setdefault(peer, {}).setdefault(side, []).append(steps)
+        logging.info('%s x %s, %s: %s', prompts, samples, side, steps)
+      (HERE / 'against_peers.json').write_text(json.dumps(result, indent=1) + '\n')
+      (HERE / 'against_peers.md').write_text(table(result))
+  print(table(result))
+
+
+if __name__ == '__main__':
+  app.run(main)

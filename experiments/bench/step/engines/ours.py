@@ -1,0 +1,69 @@
+"""Ours: python ours.py <folder> <prompts> <samples> <steps>."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from typing import ClassVar
+
+from ml_collections import ConfigDict
+
+from reasonrl import records, rewarding, train
+from reasonrl.configs import common
+
+PROMPT, NEW = 72, 64  # most tokens of a prompt, tokens of a completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+  """The share of 'e'."""
+
+  group: ClassVar[bool] = False
+
+  def __call__(self, example, completion):
+    return records.Score(completion.text.count('e') / max(1, len(completion.text)), {}, None)
+
+
+def config(folder: str, prompts: int, samples: int, steps: int):
+  made = common.base('bench')
+  made.models.policy = common.model('smollm2_135m')
+  made.models.policy.weights, made.models.policy.compute_dtype = folder, 'bfloat16'
+  made.tokenizer = common.tokenizer('tokenizer_json')
+  made.tokenizer.path = folder
+  made.task = common.jsonl()
+  made.task.train = made.task.test = f'{folder}/prompts.jsonl'
+  made.prompt = common.prompt('plain')
+  made.prompt.max_length = PROMPT
+  made.rewards = ConfigDict({'letters': {'weight': 1.0}})
+  made.phases = ('rl',)
+  made.rl = common.reinforce('deepseekmath_grpo', learning_rate=1e-6)
+  made.rl.steps, made.rl.prompts_per_step, made.rl.eval_every = steps, prompts, 0
+  made.rl.env.num_generations, made.rl.env.max_completion_length = samples, NEW
+  made.rl.row_length, made.rl.rows_per_batch = PROMPT + NEW, 8
+  made.evaluation = common.evaluation()
+  made.evaluation.num_examples, made.evaluation.correct = 1, 'letters'
+  made.log.every, made.log.transcripts_every = 1, steps + 1
+  made.checkpoint.save_every = steps
+  return made
+
+
+def main(folder: str, *sizes: str) -> None:
+  train.TABLES['reward']['letters'] = Letters
+  made = config(folder, *map(int, sizes))
+  with (
+    tempfile.TemporaryDirectory() as workdir,
+    rewarding.Pool(made.rewarding.workers, made.rewarding.timeout_s) as pool,
+  ):
+    train.run(made, workdir, pool)
+    rows = map(json.loads, (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines())
+    rows = [row for row in rows if 'timing/step_s' in row]
+  for row in rows:
+    timing = {
+      k.removeprefix('timing/').removesuffix('_s'): v for k, v in row.items() if 'timing/' in k
+    }
+    print('STEP', json.dumps(timing))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
