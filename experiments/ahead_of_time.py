@@ -123,26 +123,39 @@ def arrays(executable) -> dict[str, int]:
   return {shape: math.prod(map(int, shape.split(','))) for shape in shapes}
 
 
-WIDTH = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 's16': 2, 'u16': 2, 's8': 1, 'u8': 1, 'pred': 1}
-# Free, or counted where the operation begins.
-FREE = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'while', 'conditional')
+WIDTH = {
+  'f32': 4,
+  's32': 4,
+  'u32': 4,
+  'bf16': 2,
+  's16': 2,
+  'u16': 2,
+  's8': 1,
+  'u8': 1,
+  'pred': 1,
+  'token': 0,
+}
+FREE = ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant')
 
 
 def traffic(executable) -> int:
-  """HBM bytes of one pass through the largest loop of a TPU program.
+  """HBM bytes of one pass through the loop of a TPU program that has the most operations.
 
   Every operation of the loop reads its operands and writes its results, unless they are in on-chip
   memory (`S(1)` in the layout). Updates in place, slices and gathers touch what they update or
   yield, and a copy between the two memories what is on the side of HBM. `cost_analysis` knows
   neither.
+
+  Raises:
+    ValueError: there is a loop or a branch in it.
+    KeyError: an array of a dtype that WIDTH lacks.
   """
 
   def sizes(shape: str) -> list[tuple[int, bool]]:  # bytes of each array, and whether in HBM
-    arrays = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?', shape)
+    found = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?', shape)
     return [
       (WIDTH[kind] * math.prod(int(n) for n in dims.split(',') if n), 'S(1)' not in layout)
-      for kind, dims, layout in arrays
-      if kind in WIDTH
+      for kind, dims, layout in found
     ]
 
   def moved(name, shape, op, operands) -> int:
@@ -167,6 +180,8 @@ def traffic(executable) -> int:
   shapes = {name: shape for name, shape, _, _ in body}
   total = 0
   for name, shape, op, rest in body:
+    if op in ('while', 'conditional'):
+      raise ValueError(f'{name}, a {op}, is in the loop')
     if op not in FREE and not op.endswith('-done'):
       named = re.findall(r'%[\w.\-]+', rest.split('), ')[0])
       total += moved(name, shape, op, [shapes[x] for x in named if x in shapes])

@@ -8,9 +8,7 @@ and over the three, i, m_i + log t_i being their log-sum-exp (arXiv 2205.14135, 
 
     M = max_i m_i      out = sum_i exp(m_i - M) o_i / sum_i exp(m_i - M) t_i
 
-The tokens' own keys and values do not come from the cache: nothing here waits for the write, so
-it happens in place. (The compiler for TPUs otherwise copies whole caches into fast memory and back
-to add a token, for half the bytes of a step.)
+The tokens' own keys and values do not come from the cache, so that it can be written later.
 
 The queries of all rows that share a cache fold into its one product, so it is read once for all of
 them. A cache may hold int8 values with a scale for each token and head: scores and weights are

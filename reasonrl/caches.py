@@ -63,7 +63,7 @@ def empty(layers: int, scanned: bool, rows: int, heads: int, slots: int, channel
 
 
 def write(cache: Cache, new) -> Cache:
-  """Puts T tokens of every row into the next slots, which are then behind them.
+  """Puts T tokens of every row into the next slots, and moves `slot` behind them.
 
   new: (keys, values), each [B, K, T, C], of every layer; scanned: one pair, [N, B, K, T, C].
   """
@@ -102,14 +102,14 @@ def note(cache: Cache, positions_BT, segments_BT) -> Cache:
 
 def visible(cache: Cache, positions_BT, segments_BT, window: int | None):
   """bool [B, T, T], [B, T, S], [B, T, P]: what tokens in the next slots, which are noted already,
-  see of one another, of the slots before, and of the shared ones (None without any)."""
+  see of one another, of the other slots, and of the shared ones (None without any)."""
   near = lambda other: window is None or positions_BT[:, :, None] - other < window
   past = lambda other: other <= positions_BT[:, :, None]
   new_B1T, old_B1S = positions_BT[:, None], cache.position_BS[:, None]
   new = (segments_BT[:, None] > 0) & past(new_B1T) & near(new_B1T)
   slot = jnp.arange(old_B1S.shape[-1])[None, None]
-  before = (slot < cache.slot) | (slot >= cache.slot + positions_BT.shape[1])
-  own = before & (old_B1S >= 0) & past(old_B1S) & near(old_B1S)
+  other = (slot < cache.slot) | (slot >= cache.slot + positions_BT.shape[1])
+  own = other & (old_B1S >= 0) & past(old_B1S) & near(old_B1S)
   if cache.shared is None:
     return new, own, None
   slot = jnp.arange(jax.tree.leaves(cache.shared)[0].shape[-2])[None, None]
@@ -138,8 +138,7 @@ def tidy(cache: Cache) -> Cache:
   last = jnp.iinfo(jnp.int32).max
   key_BS = jnp.where(cache.position_BS < 0, last, cache.position_BS)
   order_BS = jnp.argsort(key_BS, axis=1)
-  forms = {'tpu': move_one_by_one, 'default': move_at_once}
-  own = jax.lax.platform_dependent(cache.own, order_BS, **forms)
+  own = jax.lax.platform_dependent(cache.own, order_BS, tpu=move_one_by_one, default=move_at_once)
   position_BS = jnp.take_along_axis(cache.position_BS, order_BS, axis=1)
   return dataclasses.replace(cache, own=own, position_BS=position_BS)
 
@@ -156,19 +155,22 @@ def move_at_once(own, order_BS):
 
 
 def move_one_by_one(own, order_BS):
-  """The same, head by head and row by row, in place. For TPUs: their compiler turns the cache into
-  another layout for the gather of all, which takes two more of it."""
-  heads = jax.tree.leaves(own)[0].shape[:-2]  # [B, K] or [N, B, K]
+  """The same, row by row, in place. For TPUs: their compiler turns the cache into another layout
+  for the gather of all, which takes two more of it."""
+  rows = jax.tree.leaves(own)[0].shape[:-3]  # [B] or [N, B]
 
   def move(at, x, axis):
-    old = jax.lax.dynamic_slice(x, (*at, 0, 0), (1,) * len(at) + x.shape[-2:])
-    new = jnp.take(old, order_BS[at[-2]], axis=axis, mode='clip')
-    return jax.lax.dynamic_update_slice(x, new, (*at, 0, 0))
+    old = jax.lax.dynamic_slice(x, (*at, 0, 0, 0), (1,) * len(at) + x.shape[-3:])
+    # An index for every head, for the same reason.
+    index_S = order_BS[at[-1]].reshape((-1, 1) if axis == -2 else (1, -1))
+    index = jnp.broadcast_to(index_S, (*old.shape[:-2], *index_S.shape))
+    new = jnp.take_along_axis(old, index, axis=axis)
+    return jax.lax.dynamic_update_slice(x, new, (*at, 0, 0, 0))
 
   def one(i, own):
-    return _stored(own, functools.partial(move, jnp.unravel_index(i, heads)))
+    return _stored(own, functools.partial(move, jnp.unravel_index(i, rows)))
 
-  return jax.lax.fori_loop(0, math.prod(heads), one, own)
+  return jax.lax.fori_loop(0, math.prod(rows), one, own)
 
 
 def _stored(tree, function):

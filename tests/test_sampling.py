@@ -129,6 +129,19 @@ def chosen(logp_BTV, tokens_BT):
 # ------------------------------------------------------------------------------------ random keys
 
 
+def test_many_prompts_are_prefilled_in_passes(monkeypatch, sampler, params):
+  """Five prompts, two at a time and the last one beside a filler: the same keys and values."""
+  tokens = jnp.asarray(np.random.default_rng(0).integers(6, V, (5, 7)), jnp.int32)
+  length = jnp.asarray([7, 1, 3, 7, 5])
+  run = lambda: jax.jit(lambda *given: sampler._prefilled(*given, 8))(params, tokens, length)
+  whole = run()
+  monkeypatch.setattr(sampling, 'PREFILL', 14)
+  parts = run()
+  np.testing.assert_array_equal(parts.position_BS, whole.position_BS)
+  same = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  jax.tree.map(same, parts.own, whole.own)
+
+
 def test_row_keys_fold_in_every_component():
   base = dict(
     seed=1, purpose='train', phase=2, iteration=3, step=4, prompt_R=5, sample_R=6, thread_R=7

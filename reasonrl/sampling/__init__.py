@@ -343,7 +343,8 @@ class Sampler:
   def _prefilled(self, params, tokens_PT, length_P, slots: int) -> caches.Cache:
     """The keys and values of prompts, PREFILL tokens in one pass of the trunk."""
     P, T = tokens_PT.shape
-    at_a_time = max(1, PREFILL // T)
+    passes = -(-P // max(1, PREFILL // T))
+    at_a_time = -(-P // passes)
 
     def some(tokens_PT, length_P):
       positions = jnp.broadcast_to(jnp.arange(T), tokens_PT.shape)
@@ -353,12 +354,11 @@ class Sampler:
         params, tokens_PT, positions, segments, empty, mesh=self.mesh, fresh=True
       )[1]
 
-    if P <= at_a_time:
+    if passes == 1:
       return some(tokens_PT, length_P)
-    missing = -P % at_a_time
+    missing = passes * at_a_time - P
     tokens_PT = jnp.pad(tokens_PT, ((0, missing), (0, 0)))
     length_P = jnp.pad(length_P, (0, missing), constant_values=1)
-    passes = (P + missing) // at_a_time
 
     def fill(i, cache):
       part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_a_time, at_a_time)

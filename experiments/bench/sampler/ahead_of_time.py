@@ -10,9 +10,10 @@ The shapes are Qwen2.5-1.5B's: 64 rows, 2048 new tokens each, prompts of 512 tok
   caches   keys and values of the rows and, once, of their prompts, GB
   step     read and written in HBM per step, of W + all slots of the caches
   floor    time of a step at the chip's bandwidth, ms, and the tokens per second that makes
-  temp     memory of the whole program (prefill, ladder of segments, refill) beside its arguments
-           and results: of the caches, which it holds; 1.5 where a segment and its double meet. Of
-           four layers, since all of them take long to compile
+  temp     memory of the whole program (prefill, ladder of segments, fewer rows, refill) beside its
+           arguments and results, of the caches, which it holds: a segment and its double are 1.5,
+           what fewer rows hold comes on top. Of four layers, since all of them take long to
+           compile; activations and logits weigh more there
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
   python experiments/bench/step/against_peers.py
 
 Prompts of 64 tokens, completions of 64, temperature 1, KL against a reference with beta .04, AdamW,
-one update per step. TRL: 8 prompts with 8 completions each, weights and products in bfloat16 (ours:
-products; weights are float32). tunix, which needs more memory: 2 with 4, in float32. The engines
-take turns, each in a process of its own; the first step of a turn, which compiles, is left out.
+one update per step. Beside TRL: 8 prompts with 8 completions each in bfloat16 (of ours only the
+products are, its weights are float32). Beside tunix, which needs more memory: 2 with 4 in float32.
+The engines take turns, each in a process of its own; the first step of a turn, which compiles, is
+left out.
 
 Writes against_peers.json and the table against_peers.md beside this file: median seconds of a step
 and its parts, and how many times as fast ours is, the median over the turns; about 40 minutes.
@@ -32,17 +33,17 @@ PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Turns.')
 STEPS = flags.DEFINE_integer('steps', 3, 'Of each turn.', lower_bound=2)
 
-# peer -> (environment, script, prompts, completions of each)
+# peer -> (environment, script, prompts, completions of each, our dtype)
 PEER = {
-  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8),
-  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4),
+  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8, 'bfloat16'),
+  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4, 'float32'),
 }
 PARTS = ('sample', 'score', 'update', 'step')
 
 
-def run(python: str, script: str, folder: pathlib.Path, *sizes: int) -> list[dict[str, float]]:
+def run(python: str, script: str, folder: pathlib.Path, *args) -> list[dict[str, float]]:
   """Seconds of the parts of every step but the first."""
-  command = [python, HERE / 'engines' / script, folder, *map(str, sizes)]
+  command = [python, HERE / 'engines' / script, folder, *map(str, args)]
   env = {k: v for k, v in os.environ.items() if not k.startswith('OPENBLAS')}
   done = subprocess.run(command, capture_output=True, text=True, env=env)
   if done.returncode:
@@ -54,7 +55,7 @@ def run(python: str, script: str, folder: pathlib.Path, *sizes: int) -> list[dic
 def table(result: dict) -> str:
   lines = ['| | sequences | ' + ' | '.join(PARTS) + ' | ours is faster by |', '|---' * 7 + '|']
   for peer, sides in result['seconds'].items():
-    prompts, samples = PEER[peer][2:]
+    prompts, samples = PEER[peer][2:4]
     step = {side: [np.median([s['step'] for s in turn]) for turn in sides[side]] for side in sides}
     ratio = np.median(np.asarray(step[peer]) / np.asarray(step['ours']))
     for side, turns in sides.items():
@@ -75,14 +76,15 @@ def main(_) -> None:
   (folder / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   result = {'seconds': {}, 'left_out': []}
   for turn in range(REPEATS.value):
-    for peer, (environment, script, prompts, samples) in PEER.items():
+    for peer, (environment, script, prompts, samples, dtype) in PEER.items():
       python = pathlib.Path(PEERS.value) / environment / 'bin/python'
       if not python.exists():
         result['left_out'] += [f'{peer} (no {python})'] if not turn else []
         continue
       sizes = prompts, samples, STEPS.value
-      for side, call in {'ours': (sys.executable, 'ours.py'), peer: (str(python), script)}.items():
-        steps = run(*call, folder, *sizes)
+      ours = sys.executable, 'ours.py', folder, *sizes, dtype
+      for side, call in {'ours': ours, peer: (str(python), script, folder, *sizes)}.items():
+        steps = run(*call)
         result['seconds'].setdefault(peer, {}).setdefault(side, []).append(steps)
         logging.info('%s x %s, %s: %s', prompts, samples, side, steps)
       (HERE / 'against_peers.json').write_text(json.dumps(result, indent=1) + '\n')

@@ -1,11 +1,12 @@
 """llama.cpp by its C interface: python llama_cpp_batch.py <folder> <dtype>.
 
-Prompts are decoded once and shared by their samples (`llama_memory_seq_cp`); then one batch of all
+Prompts are decoded once and copied to their samples (`llama_memory_seq_cp`); then one batch of all
 rows per token, and llama.cpp's own samplers. Keys and values are float16, its default.
 """
 
 import ctypes
 import json
+import os
 import pathlib
 import sys
 
@@ -85,8 +86,9 @@ def main(folder: str, dtype: str) -> None:
   )
   params = llama_cpp.llama_context_default_params()
   params.n_ctx, params.n_batch, params.n_ubatch = ROWS * CONTEXT, 1024, 512
-  params.n_seq_max, params.kv_unified = ROWS + ROWS, True
-  params.n_threads = params.n_threads_batch = 2
+  # Unified, every row would look through the keys of all rows; so a prompt is copied.
+  params.n_seq_max, params.kv_unified = ROWS, False
+  params.n_threads = params.n_threads_batch = os.cpu_count()
   context = llama_cpp.llama_init_from_model(model, params)
   memory = llama_cpp.llama_get_memory(context)
   batch = llama_cpp.llama_batch_init(1024, 0, 1)

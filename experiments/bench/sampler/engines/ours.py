@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import protocol
@@ -20,12 +21,11 @@ def load(folder: str, dtype: str):
   config = common.model('smollm2_135m').to_dict() | fields
   config |= {'param_dtype': dtype, 'compute_dtype': dtype}
   model = decoder.Decoder(**{name: value for name, value in config.items() if name in known})
-  return model, params
+  return model, jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), params)
 
 
 def main(folder: str, dtype: str) -> None:
   model, params = load(folder, dtype)
-  params = _as(params, dtype)
   sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), (), **common.sampler())
 
   def generate(prompts, samples, new, temperature, seed):
@@ -47,12 +47,6 @@ def main(folder: str, dtype: str) -> None:
     return found.tokens_RS[:, start : start + new].tolist()
 
   protocol.serve(generate)
-
-
-def _as(tree, dtype):
-  if isinstance(tree, dict):
-    return {name: _as(value, dtype) for name, value in tree.items()}
-  return jnp.asarray(np.asarray(tree), dtype)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """transformers: python transformers_generate.py <folder> <dtype> <'dynamic' or 'static' cache>."""
 
+import os
 import sys
 
 import protocol
@@ -8,7 +9,7 @@ import transformers
 
 
 def main(folder: str, dtype: str, cache: str) -> None:
-  torch.set_num_threads(2)
+  torch.set_num_threads(os.cpu_count())
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
   model.generation_config = transformers.GenerationConfig(pad_token_id=0)
 

@@ -1,4 +1,4 @@
-"""Ours: python ours.py <folder> <prompts> <samples> <steps>."""
+"""Ours: python ours.py <folder> <prompts> <samples> <steps> <dtype>."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import sys
 import tempfile
 from typing import ClassVar
 
+import jax
 from ml_collections import ConfigDict
 
 from reasonrl import records, rewarding, train
@@ -25,10 +26,10 @@ class Letters:
     return records.Score(completion.text.count('e') / max(1, len(completion.text)), {}, None)
 
 
-def config(folder: str, prompts: int, samples: int, steps: int):
+def config(folder: str, prompts: int, samples: int, steps: int, dtype: str):
   made = common.base('bench')
   made.models.policy = common.model('smollm2_135m')
-  made.models.policy.weights, made.models.policy.compute_dtype = folder, 'bfloat16'
+  made.models.policy.weights, made.models.policy.compute_dtype = folder, dtype
   made.tokenizer = common.tokenizer('tokenizer_json')
   made.tokenizer.path = folder
   made.task = common.jsonl()
@@ -48,9 +49,11 @@ def config(folder: str, prompts: int, samples: int, steps: int):
   return made
 
 
-def main(folder: str, *sizes: str) -> None:
+def main(folder: str, prompts: str, samples: str, steps: str, dtype: str) -> None:
+  # Or the update's time would be found where the next step waits for it.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   train.TABLES['reward']['letters'] = Letters
-  made = config(folder, *map(int, sizes))
+  made = config(folder, int(prompts), int(samples), int(steps), dtype)
   with (
     tempfile.TemporaryDirectory() as workdir,
     rewarding.Pool(made.rewarding.workers, made.rewarding.timeout_s) as pool,
@@ -59,6 +62,8 @@ def main(folder: str, *sizes: str) -> None:
     rows = map(json.loads, (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines())
     rows = [row for row in rows if 'timing/step_s' in row]
   for row in rows:
+    if row['completion_length'] < 0.98 * NEW:  # EOS is not forbidden, only unlikely
+      raise ValueError(f'completions of {row["completion_length"]} tokens, not {NEW}')
     timing = {
       k.removeprefix('timing/').removesuffix('_s'): v for k, v in row.items() if 'timing/' in k
     }

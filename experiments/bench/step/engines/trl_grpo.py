@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -13,7 +14,7 @@ import transformers
 import trl
 
 NEW, BATCH = 64, 8
-# What a step does -> the trainer's method that does it, parts after what holds them
+# What a step does -> the trainer's method that does it; the update scores too, with gradients
 METHODS = {
   'score': '_get_per_token_logps_and_entropies',
   'sample': '_generate',
@@ -42,17 +43,17 @@ class Clock(transformers.TrainerCallback):
   def around(self, name, method):
     @functools.wraps(method)
     def timed(*args, **kwargs):
-      start = time.perf_counter()
+      start, update = time.perf_counter(), torch.is_grad_enabled() and name == 'score'
       try:
         return method(*args, **kwargs)
       finally:
-        self.parts[name] += time.perf_counter() - start
+        self.parts[name] += 0.0 if update else time.perf_counter() - start
 
     return timed
 
 
 def main(folder: str, prompts: str, samples: str, steps: str) -> None:
-  torch.set_num_threads(2)
+  torch.set_num_threads(os.cpu_count())
   with open(f'{folder}/prompts.jsonl') as lines:
     rows = [{'prompt': json.loads(line)['problem']} for line in lines]
   sequences = int(prompts) * int(samples)
