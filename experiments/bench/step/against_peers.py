@@ -6,9 +6,9 @@
 
 Prompts of 64 tokens, completions of 64, temperature 1, KL against a reference with beta .04, AdamW,
 one update per step. Beside TRL: 8 prompts with 8 completions each in bfloat16 (of ours only the
-products are, its weights are float32). Beside tunix, which needs more memory: 2 with 4 in float32.
-The engines take turns, each in a process of its own; the first step of a turn, which compiles, is
-left out.
+products are, its weights are float32). Beside tunix, which needs more memory: 2 with 4, tunix in
+float32. The engines take turns, each in a process of its own; the first step of a turn, which
+compiles, is left out.
 
 Writes against_peers.json and the table against_peers.md beside this file: median seconds of a step
 and its parts, and how many times as fast ours is, the median over the turns; about 40 minutes.
@@ -33,10 +33,10 @@ PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Turns.')
 STEPS = flags.DEFINE_integer('steps', 3, 'Of each turn.', lower_bound=2)
 
-# peer -> (environment, script, prompts, completions of each, our dtype)
+# peer -> (environment, script, prompts, completions of each, our dtypes)
 PEER = {
-  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8, 'bfloat16'),
-  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4, 'float32'),
+  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8, ('bfloat16',)),
+  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4, ('float32', 'bfloat16')),
 }
 PARTS = ('sample', 'score', 'update', 'step')
 
@@ -53,16 +53,17 @@ def run(python: str, script: str, folder: pathlib.Path, *args) -> list[dict[str,
 
 
 def table(result: dict) -> str:
-  lines = ['| | sequences | ' + ' | '.join(PARTS) + ' | ours is faster by |', '|---' * 7 + '|']
+  lines = ['| | sequences | ' + ' | '.join(PARTS) + ' | times as fast |', '|---' * 7 + '|']
   for peer, sides in result['seconds'].items():
     prompts, samples = PEER[peer][2:4]
-    step = {side: [np.median([s['step'] for s in turn]) for turn in sides[side]] for side in sides}
-    ratio = np.median(np.asarray(step[peer]) / np.asarray(step['ours']))
+    step = {
+      side: np.asarray([np.median([s['step'] for s in t]) for t in sides[side]]) for side in sides
+    }
     for side, turns in sides.items():
       steps = [s for turn in turns for s in turn]
       spent = [[s[part] for s in steps if part in s] for part in PARTS]
       cells = [f'{np.median(seconds):.1f}' if seconds else '' for seconds in spent]
-      last = '' if side == 'ours' else f'{ratio:.1f}'
+      last = '' if side == peer else f'{np.median(step[peer] / step[side]):.1f}'
       lines.append(f'| {side} | {prompts} x {samples} | ' + ' | '.join([*cells, last]) + ' |')
   left = f'\nLeft out: {"; ".join(result["left_out"])}.\n' if result['left_out'] else ''
   return '\n'.join(lines) + '\n' + left
@@ -72,18 +73,22 @@ def main(_) -> None:
   folder = pathlib.Path(WORKDIR.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   smollm2.write(folder)
+  # Nobody's samples should end before the cap: what ends them is a token that is never drawn.
+  about = json.loads((folder / 'tokenizer_config.json').read_text()) | {'eos_token': '<gh_stars>'}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(about))
   rows = [{'problem': text, 'answer': ''} for text in smollm2.texts(24, 64)]
   (folder / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   result = {'seconds': {}, 'left_out': []}
   for turn in range(REPEATS.value):
-    for peer, (environment, script, prompts, samples, dtype) in PEER.items():
+    for peer, (environment, script, prompts, samples, dtypes) in PEER.items():
       python = pathlib.Path(PEERS.value) / environment / 'bin/python'
       if not python.exists():
         result['left_out'] += [f'{peer} (no {python})'] if not turn else []
         continue
       sizes = prompts, samples, STEPS.value
-      ours = sys.executable, 'ours.py', folder, *sizes, dtype
-      for side, call in {'ours': ours, peer: (str(python), script, folder, *sizes)}.items():
+      calls = {f'ours, {d}': (sys.executable, 'ours.py', folder, *sizes, d) for d in dtypes}
+      calls[peer] = str(python), script, folder, *sizes
+      for side, call in calls.items():
         steps = run(*call)
         result['seconds'].setdefault(peer, {}).setdefault(side, []).append(steps)
         logging.info('%s x %s, %s: %s', prompts, samples, side, steps)

@@ -1,29 +1,18 @@
 """Ours: python ours.py <folder> <prompts> <samples> <steps> <dtype>."""
 
-import dataclasses
 import json
 import pathlib
 import sys
 import tempfile
-from typing import ClassVar
 
 import jax
+import letters
 from ml_collections import ConfigDict
 
-from reasonrl import records, rewarding, train
+from reasonrl import rewarding, train
 from reasonrl.configs import common
 
 PROMPT, NEW = 72, 64  # most tokens of a prompt, tokens of a completion
-
-
-@dataclasses.dataclass(frozen=True)
-class Letters:
-  """The share of 'e'."""
-
-  group: ClassVar[bool] = False
-
-  def __call__(self, example, completion):
-    return records.Score(completion.text.count('e') / max(1, len(completion.text)), {}, None)
 
 
 def config(folder: str, prompts: int, samples: int, steps: int, dtype: str):
@@ -31,7 +20,7 @@ def config(folder: str, prompts: int, samples: int, steps: int, dtype: str):
   made.models.policy = common.model('smollm2_135m')
   made.models.policy.weights, made.models.policy.compute_dtype = folder, dtype
   made.tokenizer = common.tokenizer('tokenizer_json')
-  made.tokenizer.path = folder
+  made.tokenizer.path = f'{folder}/tokenizer.json'
   made.task = common.jsonl()
   made.task.train = made.task.test = f'{folder}/prompts.jsonl'
   made.prompt = common.prompt('plain')
@@ -52,7 +41,7 @@ def config(folder: str, prompts: int, samples: int, steps: int, dtype: str):
 def main(folder: str, prompts: str, samples: str, steps: str, dtype: str) -> None:
   # Or the update's time would be found where the next step waits for it.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  train.TABLES['reward']['letters'] = Letters
+  train.TABLES['reward']['letters'] = letters.Letters
   made = config(folder, int(prompts), int(samples), int(steps), dtype)
   with (
     tempfile.TemporaryDirectory() as workdir,

@@ -12,6 +12,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from tunix.models.llama3 import model as model_lib
 from tunix.models.llama3 import params as params_lib
@@ -52,7 +53,7 @@ def main(folder: str, prompts: str, samples: str, steps: str) -> None:
   prompts, samples, steps = int(prompts), int(samples), int(steps)
   config = tunix_sampler.model_config(folder)
   model_lib.apply_rope = functools.partial(model_lib.apply_rope, rope_theta=config.rope_theta)
-  mesh = jax.sharding.Mesh(jax.devices()[:1], ('fsdp',))
+  mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ('fsdp', 'tp'))
   load = functools.partial(
     params_lib.create_model_from_safe_tensors, folder, config, mesh, dtype=jnp.float32
   )
@@ -95,7 +96,7 @@ def main(folder: str, prompts: str, samples: str, steps: str) -> None:
   )
   lines = (pathlib.Path(folder) / 'prompts.jsonl').read_text().splitlines()
   texts = [json.loads(line)['problem'] for line in lines]
-  take = lambda i: [texts[(i * prompts + k) % len(texts)] for k in range(prompts)]
+  take = lambda i: np.asarray([texts[(i * prompts + k) % len(texts)] for k in range(prompts)])
   learner.train([{'prompts': take(i)} for i in range(steps + 1)])
   for step in found:
     print('STEP', json.dumps(step))
