@@ -344,13 +344,11 @@ class Decoder:
     kinds = {window: kind(window) for window in {self._window(i) for i in range(self.num_layers)}}
     run = self._scanned if self.scan_layers else self._unrolled
     x, new = run(kinds, params['layers'], x, cache)
-    if cache is not None:
-      if (
-        not fresh
-      ):  # Write once all layers have read. Earlier, the compiler for TPUs moves a layer's
-        # cache to fast memory, writes it there and copies it back: 1.28 times the bytes of a step.
-        x, new = jax.lax.optimization_barrier((x, new))
-      cache = caches.write(cache, new)
+    # Written once all layers have read: earlier, the compiler for TPUs moves a layer's cache to
+    # fast memory, writes it there and copies it back.
+    if cache is not None and not fresh:
+      x, new = jax.lax.optimization_barrier((x, new))
+    cache = None if cache is None else caches.write(cache, new)
     norm = params['final_norm']['scale']
     return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
 

@@ -43,7 +43,6 @@ PURPOSES = {
   **{'collect': 4, 'hint': 5, 'rationalize': 6},
 }
 
-
 PREFILL = 8192  # tokens: enough for every back end's products, whose results take memory
 
 
@@ -296,10 +295,7 @@ class Sampler:
       asked['temperature_B'] = arrays.temperature_R
       bucket = loop.buckets(rows, width, self.buckets)
       prompts = self._prefilled(params, tokens_PT, length_P, T)
-      requests, R = (
-        loop.Requests(tokens_PT, length_P, arrays.prompt_R, asked),
-        arrays.key_R.shape[0],
-      )
+      R, requests = arrays.prompt_R.size, loop.Requests(tokens_PT, length_P, arrays.prompt_R, asked)
       all_R = loop.fresh(policy, requests, jnp.arange(R), window)
       sizes = self._ladder(1, window - T)
       own = self._empty(rows, sizes[0])

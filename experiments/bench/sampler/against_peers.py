@@ -12,7 +12,7 @@ bfloat16 on the first eight of 32 in the mean. Then, for every shape, the engine
 tokens of prompt, 64 or 256 new ones at temperature 1 without truncation; 8 samples of each prompt,
 or one of one. No token ends a sample. The first turn is not timed.
 
-Writes against_peers.json and the table against_peers.md beside this file; about an hour.
+Writes against_peers.json and the table against_peers.md beside this file.
 
   tok/s     new tokens per second, prompts and all: the median, and the ratio of ours to it in the
             same turn

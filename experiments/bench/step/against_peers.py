@@ -11,7 +11,7 @@ float32. The engines take turns, each in a process of its own; the first step of
 compiles, is left out.
 
 Writes against_peers.json and the table against_peers.md beside this file: median seconds of a step
-and its parts, and how many times as fast ours is, the median over the turns; about 40 minutes.
+and its parts, and how many times as fast ours is, the median over the turns.
 """
 
 from __future__ import annotations
