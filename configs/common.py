@@ -663,7 +663,7 @@ def next_token() -> ConfigDict:
 
 
 def controls(*names: str) -> ConfigDict:
-  """What is written into completions, or kept out of them: see reasonrl/controls.py."""
+  """What is written into completions, or kept out of them: see reasonrl/controls/."""
   fields = {
     'think_budget': {  # budget forcing, arXiv 2501.19393
       'start': '<think>',  # the prompt may end with it

@@ -9,6 +9,7 @@ import pytest
 
 from reasonrl import controls, records, sampling, sharding, tokenizers, types
 from reasonrl.configs import common
+from reasonrl.controls import base, think_budget
 from reasonrl.models import decoder
 
 EOS, OPEN, CLOSE, SHUT, WAIT, FINAL = range(6)
@@ -137,11 +138,11 @@ def test_thinking_that_the_prompt_began():
   for last, cut in ((OPEN, True), (7, False)):
     tokens_BS = jnp.asarray([[7, last, *[99] * 8]], jnp.int32)
     view = controls.View(tokens_BS, jnp.full(1, 2), jnp.full(1, 2))
-    assert (control.begin(view)['phase_B'][0] == controls.THINKING) == cut
+    assert (control.begin(view)['phase_B'][0] == think_budget.THINKING) == cut
   both = dataclasses.replace(BUDGET, start=((7,), (OPEN,)))
-  assert both.begin(view)['phase_B'][0] == controls.BEFORE
+  assert both.begin(view)['phase_B'][0] == think_budget.BEFORE
   view = view._replace(tokens_BS=view.tokens_BS.at[0, 1].set(OPEN))
-  assert both.begin(view)['phase_B'][0] == controls.THINKING
+  assert both.begin(view)['phase_B'][0] == think_budget.THINKING
 
 
 def test_ends_without_a_wait_stay():
@@ -192,8 +193,8 @@ class Pairs:
 
 
 def test_a_string_joined_to_what_is_beside_it():
-  assert controls.pattern(Pairs(), '</think>') == ((0, 4), (1,), (2, 3, 6))
-  assert controls.pattern(Pairs(), 'x') == ((5, 8),)
+  assert base.pattern(Pairs(), '</think>') == ((0, 4), (1,), (2, 3, 6))
+  assert base.pattern(Pairs(), 'x') == ((5, 8),)
 
 
 @pytest.mark.parametrize(
