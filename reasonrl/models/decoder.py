@@ -213,38 +213,11 @@ class Decoder:
       )
     if self.sliding_window is not None and self.sliding_window < 1:
       raise records.UserError(f'model.sliding_window={self.sliding_window} is not None or >= 1')
-    self._check_rope()
+    rope.check(self)
     if self.scan_layers and len({self._window(i) for i in range(self.num_layers)}) > 1:
       raise records.UserError(
         'model.scan_layers needs one attention window for all layers, but sliding_window='
         f'{self.sliding_window} leaves out every {self.sliding_window_pattern}th'
-      )
-
-  def _check_rope(self):
-    if self.rope_scaling not in rope.SCALINGS:
-      raise records.UserError(
-        f'model.rope_scaling={self.rope_scaling!r} is not one of {", ".join(rope.SCALINGS)}'
-      )
-    _, fields = rope.SCALINGS[self.rope_scaling]
-    for name in ('rope_factor', 'rope_original_max_position'):
-      value, wanted = getattr(self, name), name in fields
-      if (value is None) == wanted or (wanted and value < 1):
-        raise records.UserError(
-          f'model.rope_scaling={self.rope_scaling!r} takes {name}='
-          f'{"a number >= 1" if wanted else None}, not {value}'
-        )
-    for low, high in (
-      ('rope_low_freq_factor', 'rope_high_freq_factor'),
-      ('rope_beta_slow', 'rope_beta_fast'),
-    ):
-      if not 0 < getattr(self, low) < getattr(self, high):
-        raise records.UserError(
-          f'model.{low}={getattr(self, low)} is not between 0 and {high}={getattr(self, high)}'
-        )
-    if self.rope_local_theta is not None and self.sliding_window is None:
-      raise records.UserError(
-        f'model.rope_local_theta={self.rope_local_theta} is of windowed layers, but '
-        'sliding_window=None'
       )
 
   def init(self, key) -> dict:

@@ -17,6 +17,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from reasonrl import records
+
 
 def default(theta: float, head_dim: int) -> np.ndarray:
   """f_i = theta^(-2i/C), i = 0 .. C/2 - 1, in radians per position."""
@@ -109,3 +111,32 @@ def rotate(x_BTHC, cos, sin):
   """Turns the pairs (x_i, x_{i + C/2}) of every head, in float32; `rotation` gives cos and sin."""
   a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def check(model) -> None:
+  """Raises UserError for rotary switches of a decoder that do not fit together."""
+  if model.rope_scaling not in SCALINGS:
+    raise records.UserError(
+      f'model.rope_scaling={model.rope_scaling!r} is not one of {", ".join(SCALINGS)}'
+    )
+  _, fields = SCALINGS[model.rope_scaling]
+  for name in ('rope_factor', 'rope_original_max_position'):
+    value, wanted = getattr(model, name), name in fields
+    if (value is None) == wanted or (wanted and value < 1):
+      raise records.UserError(
+        f'model.rope_scaling={model.rope_scaling!r} takes {name}='
+        f'{"a number >= 1" if wanted else None}, not {value}'
+      )
+  for low, high in (
+    ('rope_low_freq_factor', 'rope_high_freq_factor'),
+    ('rope_beta_slow', 'rope_beta_fast'),
+  ):
+    if not 0 < getattr(model, low) < getattr(model, high):
+      raise records.UserError(
+        f'model.{low}={getattr(model, low)} is not between 0 and {high}={getattr(model, high)}'
+      )
+  if model.rope_local_theta is not None and model.sliding_window is None:
+    raise records.UserError(
+      f'model.rope_local_theta={model.rope_local_theta} is of windowed layers, but '
+      'sliding_window=None'
+    )
