@@ -47,7 +47,7 @@ LAYERS = (
     *('objective', 'peers', 'phases', 'tables', 'postmortem', 'collecting', 'budgets'),
   ),
   (
-    *('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'replay'),
+    *('command_line', 'launch', 'main', 'evaluate', 'export', 'report', 'curves', 'replay'),
     'experiments',
   ),
 )

@@ -10,7 +10,7 @@ import sys
 import matplotlib.axes
 import pytest
 
-from reasonrl import logs, records, report
+from reasonrl import curves, logs, records, report
 
 
 def train(step, phase, **metrics):
@@ -57,7 +57,7 @@ def workdir(folder, rows, samples=()):
   return folder
 
 
-def curves(monkeypatch, folder) -> dict[str, dict[str, list]]:
+def drawn(monkeypatch, folder) -> dict[str, dict[str, list]]:
   """Panel title -> series label -> the points drawn."""
   panels = {}
   legend = matplotlib.axes.Axes.legend
@@ -68,12 +68,12 @@ def curves(monkeypatch, folder) -> dict[str, dict[str, list]]:
     return legend(axis, *args, **kwargs)
 
   monkeypatch.setattr(matplotlib.axes.Axes, 'legend', watch)
-  report.curves_png(folder)
+  curves.write(folder)
   return panels
 
 
 def test_each_panel_draws_its_rows_over_its_phases(tmp_path, monkeypatch):
-  panels = curves(monkeypatch, workdir(tmp_path, ROWS))
+  panels = drawn(monkeypatch, workdir(tmp_path, ROWS))
   assert set(panels) == {
     'Accuracy',
     'Reward',
@@ -90,10 +90,10 @@ def test_each_panel_draws_its_rows_over_its_phases(tmp_path, monkeypatch):
 
 
 def test_headline_compares_with_the_model_before_reinforcement():
-  assert report.headline(ROWS) == ('Held-out accuracy: sampled 0.300 → 0.900 (95%: 0.850 to 0.950)')
+  assert curves.headline(ROWS) == ('Held-out accuracy: sampled 0.300 → 0.900 (95%: 0.850 to 0.950)')
   supervised = [row for row in ROWS if row['phase'] == 'pretrain']
-  assert report.headline(supervised).startswith('Held-out accuracy: sampled 0.000 → 0.300')
-  assert report.headline(ROWS[:5]) == ''
+  assert curves.headline(supervised).startswith('Held-out accuracy: sampled 0.000 → 0.300')
+  assert curves.headline(ROWS[:5]) == ''
 
 
 def test_headline_gives_the_paired_gain():
@@ -101,7 +101,7 @@ def test_headline_gives_the_paired_gain():
   rows = [row | before if row['kind'] == 'eval' else row for row in ROWS]
   rows[-1] = rows[-1] | {'eval/sampled/outcomes': [1, 0, 1, 1]}
   # Gains 1, 0, 0, 0: mean 1/4, sd 1/2, so 1/4 -+ 1.96 / 4.
-  assert report.headline(rows).endswith('0.900, gain 0.250 (95%: -0.240 to 0.740)')
+  assert curves.headline(rows).endswith('0.900, gain 0.250 (95%: -0.240 to 0.740)')
 
 
 @pytest.mark.parametrize('count', [1, 5, 13, len(ROWS)])
@@ -124,8 +124,8 @@ def test_no_metrics_is_a_user_error(tmp_path):
 
 
 def test_moving_mean():
-  assert report._smooth([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
-  assert report._smooth([1, 2], 1) == [1, 2]
+  assert curves._smooth([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+  assert curves._smooth([1, 2], 1) == [1, 2]
 
 
 def test_page_is_self_contained_and_escapes_model_text(tmp_path):
@@ -158,14 +158,14 @@ def test_accuracy_by_a_fact_of_the_problems_has_a_panel(tmp_path, monkeypatch):
   rows = [by(held_out(10, 'pretrain', 0.3), 0.5, 0.0)]
   rows += [train(11, 'collect', reward=0.5, accuracy=0.5), train(12, 'sft', loss=1.0)]
   rows += [by(held_out(12, 'sft', 0.6) | {'iteration': 3, 'phase_step': 12}, 0.9, 0.3)]
-  drawn = curves(monkeypatch, workdir(tmp_path, rows))
-  assert drawn['Held-out accuracy, greedy'] == {
+  panels = drawn(monkeypatch, workdir(tmp_path, rows))
+  assert panels['Held-out accuracy, greedy'] == {
     'digits=1': [[10, 0.5], [12, 0.9]],
     'digits=2': [[10, 0.0], [12, 0.3]],
   }
   assert 'sft-3 12' in (report.html(tmp_path)).read_text()
   # The evaluation after what was learned from the collected rows belongs to the first panel.
-  assert drawn['Accuracy']['held-out, sampled (95% interval)'] == [[10, 0.3], [12, 0.6]]
+  assert panels['Accuracy']['held-out, sampled (95% interval)'] == [[10, 0.3], [12, 0.6]]
 
 
 def test_accuracy_under_budgets_has_a_panel(tmp_path, monkeypatch):
@@ -181,6 +181,6 @@ def test_accuracy_under_budgets_has_a_panel(tmp_path, monkeypatch):
 
   rows = [train(1, 'rl', reward=0.1, accuracy=0.1), sweep(1, {2: 0.1}), sweep(2, {8: 0.6, 4: 0.3})]
   rows.append(held_out(3, 'rl', 0.5))  # without a sweep
-  panel = curves(monkeypatch, workdir(tmp_path, rows))['Accuracy under budgets']
+  panel = drawn(monkeypatch, workdir(tmp_path, rows))['Accuracy under budgets']
   ((label, line),) = panel.items()
   assert label == 'max_think (95% interval)' and line == [[3.5, 0.3], [7.5, 0.6]]
