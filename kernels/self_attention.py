@@ -2,10 +2,10 @@
 
     out[b,h,t] = sum_s softmax_s(cap(scale q[b,h,t] . k[b,h',s])) v[b,h',s]        h' = h // (H / K)
 
-over the s <= t of t's segment, at most window - 1 tokens back:
+over the s <= t of t's segment, and of the one that it continues, at most window - 1 tokens back:
 
   splash  TPU: JAX's splash attention (arXiv 2205.14135, sparse masks), with segment ids, softcap
-          and a backward kernel. Rows are padded to its blocks.
+          and a backward kernel. Rows are padded to its blocks. No segment continues another.
   cudnn   GPU: cuDNN's flash attention through JAX; bfloat16, no softcap. JAX gives it segments as
           an added mask [B, 1, T, T]. It cannot be compiled without a GPU, and was not yet run.
   xla     everywhere: `attention`, which holds the weights [B, H, T, T].
@@ -16,6 +16,7 @@ Decoding against a cache is `attention` on every platform: one query per row rea
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +31,35 @@ INTERPRET = False  # True: run splash attention without a TPU
 CUDNN = 'cudnn'  # how JAX is asked for it; 'xla' computes the same without a GPU
 
 
-def visible(segments_BT, window: int | None):
-  """bool [B, T, T]: within a segment, not in the future, at most window - 1 tokens back."""
-  at = jnp.arange(segments_BT.shape[1])
-  back = at[:, None] - at[None, :]
-  see = (back >= 0) if window is None else (back >= 0) & (back < window)
-  return see[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
+class Packed(NamedTuple):
+  """How sequences share rows; int32 [B, T] each."""
+
+  segments: jax.Array
+  # The segment that a token's own one continues, which lies before it in the row; its own, if none.
+  # None: every segment stands alone.
+  prefixes: jax.Array | None
+  positions: jax.Array  # of a token in its sequence
 
 
-def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, backend: str):
+def visible(packed: Packed, window: int | None):
+  """bool [B, T, T]: of a sequence, not in the future, at most window - 1 tokens back."""
+  at = jnp.arange(packed.segments.shape[1])
+  same = lambda x: x[:, :, None] == packed.segments[:, None, :]
+  see = same(packed.segments)
+  if packed.prefixes is not None:
+    see |= same(packed.prefixes)
+  see &= at[None, :, None] >= at[None, None, :]
+  if window is None:
+    return see
+  return see & (packed.positions[:, :, None] - packed.positions[:, None, :] < window)
+
+
+def self_attention(q_BHTC, k_BKTC, v_BKTC, packed: Packed, window, scale, softcap, backend: str):
   """Attention within the segments of packed rows.
 
   Args:
     q_BHTC, k_BKTC, v_BKTC: H must be a multiple of K.
-    segments_BT: int32; tokens see only their own segment.
+    packed: what is a sequence; tokens see only their own one.
     window: None, or the most tokens that one sees, itself included.
     scale: multiplies the scores.
     softcap: None, or c in c * tanh(score / c).
@@ -57,21 +73,23 @@ def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, 
   """
   if backend not in BACKENDS:
     raise ValueError(f'attention backend={backend!r} is not one of {", ".join(BACKENDS)}')
-  return BACKENDS[backend](q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap)
+  return BACKENDS[backend](q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap)
 
 
-def _xla(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
-  see_BTT = visible(segments_BT, window)
+def _xla(q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap):
+  see_BTT = visible(packed, window)
   return attention.attention(q_BHTC, k_BKTC, v_BKTC, see_BTT, scale, softcap)
 
 
-def _splash(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
+def _splash(q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap):
+  if packed.prefixes is not None:
+    raise ValueError("attention backend='splash' has no segment that continues another; xla has")
   B, H, T, C = q_BHTC.shape
   K = k_BKTC.shape[1]
   # Rows to whole blocks, by padding; channels to what the chip loads.
   long, wide = -T % min(BLOCK, T + -T % LANES), -C % (LANES // 2)
   grow = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, long), (0, wide)))
-  segments = jnp.pad(segments_BT, ((0, 0), (0, long)))
+  segments = jnp.pad(packed.segments, ((0, 0), (0, long)))
   # The kernel does not scale. One that is no power of two rounds q once more.
   q_BHTC = (q_BHTC.astype(jnp.float32) * scale).astype(q_BHTC.dtype)
   q_BKGTC = grow(q_BHTC).reshape(B, K, H // K, T + long, C + wide)
@@ -111,7 +129,7 @@ def _splash_kernel(G: int, T: int, window, softcap, interpret: bool):
     )
 
 
-def _cudnn(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
+def _cudnn(q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap):
   if softcap is not None or q_BHTC.dtype != jnp.bfloat16:
     raise ValueError(
       f"attention backend='cudnn' takes bfloat16 and no softcap, not {q_BHTC.dtype} and "
@@ -122,7 +140,7 @@ def _cudnn(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
   turn = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, odd), (0, 0), (0, 0)))
   out = jax.nn.dot_product_attention(
     *(turn(q_BHTC), turn(k_BKTC), turn(v_BKTC)),
-    mask=visible(jnp.pad(segments_BT, ((0, 0), (0, odd))), window)[:, None],
+    mask=visible(jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, odd))), packed), window)[:, None],
     scale=scale,
     is_causal=True,  # the mask says so too, but this spares the work
     implementation=CUDNN,
@@ -133,9 +151,9 @@ def _cudnn(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
 BACKENDS = {'xla': _xla, 'splash': _splash, 'cudnn': _cudnn}
 
 
-def self_attention_ref(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap):
+def self_attention_ref(q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap):
   """The formula, from the materialised mask."""
-  see_BTT = visible(segments_BT, window)
+  see_BTT = visible(packed, window)
   return attention.attention_ref(q_BHTC, k_BKTC, v_BKTC, see_BTT, scale, softcap)
 
 

@@ -25,6 +25,7 @@ from reasonrl.kernels.policy_loss import pallas_tpu
 dense = dense_kernel.dense
 Stored = decode_attention_kernel.Stored
 decode_attention = decode_attention_kernel.decode_attention
+Packed = self_attention_kernel.Packed
 quantize = decode_attention_kernel.quantize
 logits = policy_loss.logits
 
@@ -39,7 +40,9 @@ def forbid(vocab_size: int, ids) -> jax.Array:
   return jnp.zeros(vocab_size, jnp.float32).at[np.asarray(ids, np.int32)].set(-1e9)
 
 
-def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, mesh: Mesh | None):
+def self_attention(
+  q_BHTC, k_BKTC, v_BKTC, packed: Packed, window, scale, softcap, mesh: Mesh | None
+):
   """Causal attention within the segments of rows: see `kernels.self_attention`.
 
   On a mesh, rows are split over data and fsdp, and heads over tensor where it divides them.
@@ -47,20 +50,20 @@ def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, 
   devices = np.array(jax.devices()[:1]) if mesh is None else mesh.devices
   backend = attention_backend(devices.flat[0], q_BHTC, softcap)
 
-  def run(q_BHTC, k_BKTC, v_BKTC, segments_BT):
+  def run(q_BHTC, k_BKTC, v_BKTC, packed):
     return self_attention_kernel.self_attention(
-      q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, backend
+      q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap, backend
     )
 
   # What is no kernel the compiler splits itself.
   if backend == 'xla' or mesh is None or mesh.size == 1:
-    return run(q_BHTC, k_BKTC, v_BKTC, segments_BT)
+    return run(q_BHTC, k_BKTC, v_BKTC, packed)
   heads = 'tensor' if k_BKTC.shape[1] % mesh.shape['tensor'] == 0 else None
   rows, axes, around = types.ROWS, set(mesh.axis_names), jax.sharding.get_abstract_mesh()
   if around.manual_axes:  # inside the sampler, whose rows are split already
     rows, mesh, axes = PartitionSpec(None), around, {'tensor'}
     if around.shape['tensor'] == 1:
-      return run(q_BHTC, k_BKTC, v_BKTC, segments_BT)
+      return run(q_BHTC, k_BKTC, v_BKTC, packed)
   of_heads = PartitionSpec(rows[0], heads)
   return jax.shard_map(
     run,
@@ -69,14 +72,19 @@ def self_attention(q_BHTC, k_BKTC, v_BKTC, segments_BT, window, scale, softcap, 
     out_specs=of_heads,
     axis_names=axes,
     check_vma=False,
-  )(q_BHTC, k_BKTC, v_BKTC, segments_BT)
+  )(q_BHTC, k_BKTC, v_BKTC, packed)
+
+
+def shares_prefixes(device, dtype) -> bool:
+  """Whether attention on this device knows segments that continue another (`Packed.prefixes`)."""
+  return device.platform != 'tpu' or dtype != jnp.bfloat16
 
 
 def attention_backend(device, q_BHTC, softcap) -> str:
   """Of `kernels.self_attention`: the platform's own kernel where it can do this."""
   if q_BHTC.dtype != jnp.bfloat16:  # in float32 the kernels multiply in less
     return 'xla'
-  if device.platform == 'tpu':
+  if not shares_prefixes(device, q_BHTC.dtype):
     return 'splash'
   # 8.0: Ampere. AMD's capabilities are names.
   if re.fullmatch(r'([89]|\d\d)\.\d', getattr(device, 'compute_capability', '')):

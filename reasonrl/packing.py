@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 
 from reasonrl import sharding, types
@@ -49,8 +51,11 @@ def with_texts(seqs: list[types.Sequence], texts: list[types.Sequence], coef: fl
   return out
 
 
-def pack(seqs: list[types.Sequence], row_length: int, rows: int):
+def pack(seqs: list[types.Sequence], row_length: int, rows: int, share: bool):
   """Sequences -> micro-batches of `rows` rows by first fit, longest first.
+
+  With `share`, what sequences hold before their first scored token lies in a row once, for all
+  sequences of the row that begin like this: the prompt of a group (arXiv 2506.05433).
 
   The number of scored slots per row is the largest any row needs, rounded up to a quarter of the
   row (few shapes, few compilations).
@@ -59,6 +64,7 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int):
     seqs: sequences of at most row_length tokens.
     row_length: T of a packed row.
     rows: rows per micro-batch on this process.
+    share: whether segments may continue another, see `types.Batch`.
 
   Returns:
     list of host Batches, and for every sequence its (micro-batch, row, first scored slot).
@@ -70,16 +76,12 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int):
   for i, seq in enumerate(seqs):
     if seq.index_M.size and seq.index_M.min() == 0:
       raise ValueError(f'sequence {i}: the first token of a segment cannot be scored')
-  order = sorted(range(len(seqs)), key=lambda i: -seqs[i].tokens_T.size)
-  if seqs[order[0]].tokens_T.size > row_length:
-    longest = seqs[order[0]].tokens_T.size
-    raise ValueError(f'a sequence of {longest} tokens does not fit a packed row of {row_length}')
-  free, content = np.zeros(len(seqs), np.int64) + row_length, [[] for _ in seqs]
-  for i in order:
-    row = int(np.argmax(free >= seqs[i].tokens_T.size))
-    free[row] -= seqs[i].tokens_T.size
-    content[row].append(i)
-  content = [c for c in content if c]
+    if seq.tokens_T.size > row_length:
+      raise ValueError(
+        f'a sequence of {seq.tokens_T.size} tokens does not fit a packed row of {row_length}'
+      )
+  begins = [seq.tokens_T[: seq.index_M.min() if share and seq.index_M.size else 0] for seq in seqs]
+  content = _first_fit(seqs, begins, row_length)
   step = -(-row_length // 4)
   # Every process must compile and run the same programs, so the shapes are agreed on.
   need = sharding.agree(max(max(sum(seqs[i].index_M.size for i in c) for c in content), 1))
@@ -89,25 +91,68 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int):
     return np.full((rows, slots, *x.shape[1:]), 0 if x.ndim == 1 else -1, x.dtype)
 
   batches, where = [], [None] * len(seqs)
-  for start in range(0, sharding.agree(-(-len(content) // rows)) * rows, rows):
+  for first in range(0, sharding.agree(-(-len(content) // rows)) * rows, rows):
     ints = lambda width, fill: np.full((rows, width), fill, np.int32)
-    tokens, positions, segments = ints(row_length, 0), ints(row_length, 0), ints(row_length, 0)
-    index = ints(slots, 1)
+    tokens, positions, segments, prefixes = (ints(row_length, 0) for _ in range(4))
+    index, before = ints(slots, 1), ints(slots, 0)
     aux = {name: unused(x) for name, x in seqs[0].aux.items()}
-    for r, members in enumerate(content[start : start + rows]):
-      offset = slot = 0
-      for segment, i in enumerate(members, start=1):
-        seq, n = seqs[i], seqs[i].index_M.size
-        span = slice(offset, offset + seq.tokens_T.size)
-        tokens[r, span], segments[r, span] = seq.tokens_T, segment
-        positions[r, span] = np.arange(seq.tokens_T.size)
-        index[r, slot : slot + n] = seq.index_M + offset
+    for r, members in enumerate(content[first : first + rows]):
+      slot, parts = 0, _segments(members, seqs, begins)
+      for segment, (start, new, position, prefix, last, i) in enumerate(parts, start=1):
+        span = slice(start, start + new.size)
+        tokens[r, span], segments[r, span], prefixes[r, span] = new, segment, prefix or segment
+        positions[r, span] = np.arange(position, position + new.size)
+        if i is None:
+          continue
+        seq, own = seqs[i], slice(slot, slot + seqs[i].index_M.size)
+        index[r, own] = seq.index_M - position + start
+        before[r, own] = np.where(seq.index_M == position, last, index[r, own] - 1)
         for name in aux:
-          aux[name][r, slot : slot + n] = seq.aux[name]
+          aux[name][r, own] = seq.aux[name]
         where[i] = (len(batches), r, slot)
-        offset, slot = offset + seq.tokens_T.size, slot + n
-    batches.append(types.Batch(tokens, positions, segments, index, aux))
+        slot = own.stop
+    shared = prefixes if share else None
+    batches.append(types.Batch(tokens, positions, segments, shared, index, before, aux))
   return batches, where
+
+
+def _first_fit(seqs, begins, row_length: int) -> list[list[int]]:
+  """Which sequences every row holds, in order: first the group with the most tokens, of it the
+  longest sequence."""
+  groups = collections.defaultdict(list)  # by how they begin; those that share nothing alone
+  for i, begin in enumerate(begins):
+    groups[begin.tobytes() or i].append(i)
+  sizes = [seq.tokens_T.size for seq in seqs]
+  free, content = np.full(len(seqs), row_length), [[] for _ in seqs]
+  for group in sorted(groups.values(), key=lambda group: -sum(sizes[i] for i in group)):
+    common, holders = begins[group[0]].size, []  # rows that hold the beginning
+    for i in sorted(group, key=lambda i: -sizes[i]):
+      row = next((row for row in holders if free[row] >= sizes[i] - common), None)
+      if row is None:
+        row = int(np.argmax(free >= sizes[i]))
+        holders.append(row)
+        free[row] -= common
+      free[row] -= sizes[i] - common
+      content[row].append(i)
+  return [c for c in content if c]
+
+
+def _segments(members, seqs, begins):
+  """The segments of a row: (start, tokens, position of the first, prefix or 0, last, sequence).
+
+  A segment that is shared has no sequence; of one that continues it, last is its last token.
+  """
+  out, end, held = [], 0, {}
+  for i in members:
+    begin, key = begins[i], begins[i].tobytes()
+    if key and key not in held:
+      out.append((end, begin, 0, 0, 0, None))
+      end += begin.size
+      held[key] = len(out), end - 1
+    own = seqs[i].tokens_T[begin.size :]
+    out.append((end, own, begin.size, *held.get(key, (0, 0)), i))
+    end += own.size
+  return out
 
 
 def unpack(values, seqs: list[types.Sequence], where, shape) -> np.ndarray:

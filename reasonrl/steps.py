@@ -46,7 +46,9 @@ def supervised(stage: tooling.Stage, position):
   """Packed rows of worked solutions: one optimizer step each."""
   setup, section = stage.setup, stage.phase.section
   stream = data.Stream(stage.task, 'train', stage.index, section.examples_per_step, position)
-  pack = functools.partial(tooling.pack, setup, section.row_length, section.rows_per_batch)
+  pack = functools.partial(
+    tooling.pack, stage.phase.learner, section.row_length, section.rows_per_batch
+  )
 
   def make(state, read, step):
     del state, read, step
@@ -76,7 +78,7 @@ def reinforce(stage: tooling.Stage, position):
   stream = data.Stream(stage.task, 'train', stage.index, section.prompts_per_step, position)
   per_step = algorithm.num_iterations * algorithm.num_minibatches  # optimizer steps
   shape = section.row_length, section.rows_per_batch
-  pack = functools.partial(tooling.pack, setup, *shape)
+  pack = functools.partial(tooling.pack, phase.learner, *shape)
   score = tooling.make_score(setup, phase.learner, *shape)
   read_now = []  # the examples of the step under way
 

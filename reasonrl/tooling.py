@@ -16,6 +16,7 @@ import numpy as np
 
 from reasonrl import (
   learner,
+  ops,
   packing,
   profiling,
   rollouts,
@@ -126,10 +127,11 @@ def count_failures(tally: dict, scores) -> None:
     tally['failure'] = scores.first_failure
 
 
-def pack(setup: wiring.Setup, row_length: int, rows: int, seqs):
+def pack(student: learner.Learner, row_length: int, rows: int, seqs):
   """`packing.pack` into micro-batches of `rows` rows over all processes."""
   each = rows // jax.process_count()
-  return packing.pack(seqs, row_length, each)
+  share = ops.shares_prefixes(student.mesh.devices.flat[0], student.model.compute_dtype)
+  return packing.pack(seqs, row_length, each, share)
 
 
 def make_window_score(setup: wiring.Setup, student: learner.Learner, env):
@@ -147,7 +149,7 @@ def make_score(setup: wiring.Setup, student: learner.Learner, row_length: int, r
     if given.plain_BT.any():
       aux['plain'] = given.plain_BT
     seqs = packing.sequences(given.tokens_BT, given.length_B, aux)
-    batches, where = pack(setup, row_length, rows, seqs)
+    batches, where = pack(student, row_length, rows, seqs)
     batches = [sharding.put_rows(batch, setup.mesh) for batch in batches]
     found = [sharding.fetch_rows(student.score(params, batch)) for batch in batches]
     shape = given.tokens_BT.shape

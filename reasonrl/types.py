@@ -225,14 +225,17 @@ class Sequence(NamedTuple):
 class Batch:
   """One packed micro-batch on the device. `_BM` arrays speak about token `index_BM`.
 
-  The log-probability of token t is read from the hidden state at t - 1, so index >= 1 wherever
-  weight > 0. Unused slots have index 1 and weight 0.
+  Unused slots have weight 0, index 1 and before 0.
   """
 
   tokens_BT: jax.Array  # int32
-  positions_BT: jax.Array  # int32, restart at 0 in every segment
+  positions_BT: jax.Array  # int32, of a token in its sequence
   segments_BT: jax.Array  # int32, 0 = padding
+  # int32, the segment that a token's own one continues, its own where it begins a sequence. None:
+  # every segment is a whole sequence.
+  prefixes_BT: jax.Array | None
   index_BM: jax.Array  # int32, which tokens are scored
+  before_BM: jax.Array  # int32, the token before each, whose hidden state it is read from
   # 'weight' and what the terms need ('adv', 'old_logp', ...): [B, M]; of the support of each token,
   # where it is not the whole vocabulary, 'kept' and 'barred', [B, M, K], and 'plain', [B, M].
   aux: dict[str, jax.Array]

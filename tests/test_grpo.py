@@ -338,7 +338,7 @@ class Play:
     weight_BT, denominator = self.grpo.weights(found)
     aux = {'weight': weight_BT, 'adv': self.grpo.advantages(found), 'old_logp': logp}
     aux |= {'ref_logp': np.full_like(logp, math.log(1 / 3)), 'sampler_logp': logp}
-    batches, _ = packing.pack(packing.sequences(tokens, found.length_B, aux), 2, G)
+    batches, _ = packing.pack(packing.sequences(tokens, found.length_B, aux), 2, G, share=True)
     rows = []
     for _ in range(self.grpo.num_iterations):
       self.state, reports = self.learner.update(self.state, batches, (denominator,))

@@ -44,7 +44,7 @@ def rows(lengths=(5, 9, 3, 7, 6, 4), width=9, seed=0):
 def packed(data, row_length=12, per_batch=2, order=None):
   seqs = packing.sequences(*data)
   seqs = seqs if order is None else [seqs[i] for i in order]
-  return packing.pack(seqs, row_length, per_batch)[0]
+  return packing.pack(seqs, row_length, per_batch, share=True)[0]
 
 
 def gradient(student, batches, denominator, params=PARAMS):
@@ -94,14 +94,14 @@ def test_pack_by_hand():
     types.Sequence(np.array(t, np.int32), np.array(i), {'weight': np.array(i, np.float32)})
     for t, i in data
   ]
-  (batch,), place = packing.pack(seqs, 5, 2)
+  (batch,), place = packing.pack(seqs, 5, 2, share=False)
   np.testing.assert_array_equal(batch.tokens_BT, [[6, 7, 8, 9, 0], [1, 2, 3, 4, 5]])
   np.testing.assert_array_equal(batch.positions_BT, [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]])
   np.testing.assert_array_equal(batch.segments_BT, [[1, 1, 1, 1, 0], [1, 1, 1, 2, 2]])
   np.testing.assert_array_equal(batch.index_BM, [[1, 3], [2, 4]])
   np.testing.assert_array_equal(batch.aux['weight'], [[1, 3], [2, 1]])
   assert place == [(0, 1, 0), (0, 1, 1), (0, 0, 0)]
-  (batch,), _ = packing.pack(seqs[:1], 5, 2)
+  (batch,), _ = packing.pack(seqs[:1], 5, 2, share=False)
   np.testing.assert_array_equal(batch.index_BM, [[2, 1], [1, 1]])  # unused: index 1
   np.testing.assert_array_equal(batch.aux['weight'], [[2, 0], [0, 0]])
 
@@ -111,10 +111,10 @@ def test_ids_are_packed_beside_the_numbers():
   tokens, weight = np.array([[5, 6, 7], [8, 9, 0]]), np.array([[0, 0, 1.0], [0, 1.0, 0]])
   ids = np.arange(12).reshape(2, 3, 2) + 2**25  # which float32 would round
   seqs = packing.sequences(tokens, [3, 2], {'weight': weight, 'kept': ids})
-  (batch,), _ = packing.pack(seqs, 5, 1)
+  (batch,), _ = packing.pack(seqs, 5, 1, share=True)
   assert batch.aux['kept'].dtype == np.int32
   np.testing.assert_array_equal(batch.aux['kept'], [[ids[0, 2], ids[1, 1]]])
-  (batch,), _ = packing.pack(seqs[:1], 3, 2)
+  (batch,), _ = packing.pack(seqs[:1], 3, 2, share=True)
   np.testing.assert_array_equal(batch.aux['kept'][1, 0], [-1, -1])
 
 
@@ -133,17 +133,22 @@ def test_every_scored_token_is_packed_once_and_comes_back(lengths, row_length, p
   inside = (at > 0) & (at < np.array(lengths)[:, None])
   weight = (rng.random(shape) < 0.5) * inside * rng.random(shape)
   seqs = packing.sequences(tokens, lengths, {'weight': weight, 'id': ids})
-  batches, place = packing.pack(seqs, row_length, per_batch)
+  batches, place = packing.pack(seqs, row_length, per_batch, share=True)
   for batch in batches:
     assert batch.tokens_BT.shape == (per_batch, row_length)
     assert batch.index_BM.shape == batches[0].index_BM.shape
     assert (batch.index_BM >= 1).all()
-    # A scored token's predecessor belongs to the same segment.
+    # A scored token's predecessor is of its sequence, at the position before.
     scored = batch.aux['weight'] > 0
-    segment = lambda index: np.take_along_axis(batch.segments_BT, index, 1)  # noqa: B023
-    own, before = segment(batch.index_BM), segment(batch.index_BM - 1)
-    assert ((own == before) & (own > 0))[scored].all()
-  assert sum(int((b.segments_BT > 0).sum()) for b in batches) == sum(lengths)
+    at = lambda x, index: np.take_along_axis(x, index, 1)
+    own, before = (at(batch.segments_BT, i) for i in (batch.index_BM, batch.before_BM))
+    begins = at(batch.prefixes_BT, batch.index_BM)
+    assert (((own == before) | (begins == before)) & (own > 0))[scored].all()
+    gap = at(batch.positions_BT, batch.index_BM) - at(batch.positions_BT, batch.before_BM)
+    assert (gap == 1)[scored].all()
+  alone, _ = packing.pack(seqs, row_length, per_batch, share=False)
+  assert all(b.prefixes_BT is None and (b.before_BM == b.index_BM - 1).all() for b in alone)
+  assert sum(int((b.segments_BT > 0).sum()) for b in alone) == sum(lengths)
   found = [np.take_along_axis(b.tokens_BT, b.index_BM, 1) for b in batches]
   np.testing.assert_array_equal(
     packing.unpack(found, seqs, place, shape), np.where(weight > 0, tokens, 0)
@@ -156,14 +161,14 @@ def test_every_scored_token_is_packed_once_and_comes_back(lengths, row_length, p
 def test_the_first_token_of_a_segment_cannot_be_scored():
   seqs = packing.sequences(np.ones((2, 3)), [3, 3], {'weight': np.array([[0, 1, 1], [1, 1, 1]])})
   with pytest.raises(ValueError, match='sequence 1: the first token of a segment cannot be scored'):
-    packing.pack(seqs, 8, 1)
+    packing.pack(seqs, 8, 1, share=True)
 
 
 def test_a_sequence_longer_than_a_row_is_named():
   seqs = packing.sequences(np.ones((1, 9)), [9], {'weight': np.ones((1, 9)) * (np.arange(9) > 0)})
   with pytest.raises(ValueError, match='sequence of 9 tokens does not fit a packed row of 8'):
-    packing.pack(seqs, 8, 1)
-  assert len(packing.pack(seqs, 9, 1)[0]) == 1
+    packing.pack(seqs, 8, 1, share=True)
+  assert len(packing.pack(seqs, 9, 1, share=True)[0]) == 1
 
 
 # ------------------------------------------------------------------------------------ the numbers
@@ -175,7 +180,7 @@ def test_score_is_the_log_softmax_of_the_token_before():
   form = (1.0, None, 0.7, jnp.dtype('float32'))
   student = dataclasses.replace(STUDENT, form=form, forbidden=(0, 4))
   seqs = packing.sequences(tokens, lengths, aux)
-  batches, place = packing.pack(seqs, 12, 2)
+  batches, place = packing.pack(seqs, 12, 2, share=True)
   outs = [student.score(PARAMS, batch) for batch in batches]
   logp = packing.unpack([np.asarray(o.logp) for o in outs], seqs, place, tokens.shape)
   entropy = packing.unpack([np.asarray(o.entropy) for o in outs], seqs, place, tokens.shape)

@@ -573,7 +573,7 @@ def gradient(found):
   weight_BT, denominator = RLP.weights(found)
   aux = {'weight': weight_BT, 'adv': adv_BT, 'sampler_logp': found.logp_BT}
   seqs = packing.sequences(found.tokens_BT, found.length_B, aux)
-  batches, _ = packing.pack(seqs, 16, 4)
+  batches, _ = packing.pack(seqs, 16, 4, share=True)
   grads, loss, _ = STUDENT.gradients(PARAMS, batches, (denominator or 1.0,))
   return float(loss), jax.device_get(grads)
 

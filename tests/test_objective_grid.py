@@ -334,7 +334,7 @@ def library(cfg):
   weight_BT, denominator = cfg.weights(minibatch)
   aux_BT = {'weight': weight_BT, 'adv': adv_BT[rows], 'sampler_logp': minibatch.logp_BT}
   seqs = packing.sequences(minibatch.tokens_BT, minibatch.length_B, aux_BT | minibatch.scores)
-  (batch,), _ = packing.pack(seqs, 16, 4)
+  (batch,), _ = packing.pack(seqs, 16, 4, share=True)
   term = learner.Term(cfg.token_loss, cfg.prepare, 'weight')
   policy = Bigram(params['head'].shape[0])
   update = dataclasses.replace(tiny.make_learner(policy, params, term), loss_chunk=64)

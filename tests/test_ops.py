@@ -186,7 +186,8 @@ def test_the_attention_kernel_on_a_mesh(K, monkeypatch):
   weights = make(4)
 
   def value_and_grads(mesh):
-    loss = lambda *qkv: (ops.self_attention(*qkv, segments, None, 0.25, None, mesh) * weights).sum()
+    packed = ops.Packed(segments, None, jnp.zeros_like(segments))
+    loss = lambda *qkv: (ops.self_attention(*qkv, packed, None, 0.25, None, mesh) * weights).sum()
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*qkv)
 
   want = value_and_grads(None)

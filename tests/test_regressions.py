@@ -82,7 +82,7 @@ def micro_batches(grpo, experience, rows=8, adv_BT=None):
   aux = {'weight': weight_BT, 'adv': adv_BT, 'sampler_logp': experience.logp_BT}
   aux |= experience.scores
   seqs = packing.sequences(experience.tokens_BT, experience.length_B, aux)
-  return packing.pack(seqs, 8, rows)[0], denominator or 1.0
+  return packing.pack(seqs, 8, rows, share=True)[0], denominator or 1.0
 
 
 def measure(grpo, experience, rows=8, adv_BT=None):
@@ -226,7 +226,7 @@ def trained_scores(temperature, row_length=16, rows=12):
   student = tiny.make_learner(model, params)
   student = dataclasses.replace(student, form=sampler.form(temperature))
   seqs = packing.sequences(out.tokens_RS, out.length_R, {'weight': out.source_RS == types.POLICY})
-  batches, where = packing.pack(seqs, row_length, rows)
+  batches, where = packing.pack(seqs, row_length, rows, share=True)
   logps = [np.asarray(student.score(params, batch).logp) for batch in batches]
   return packing.unpack(logps, seqs, where, out.tokens_RS.shape)
 
@@ -270,7 +270,7 @@ def test_bug_13_positions_shifted_by_padding_or_packing():
   """TRL, OpenRLHF, NeMo: position ids counted padding. They restart in every packed sequence."""
   np.testing.assert_allclose(trained_scores(0.6, row_length=48), trained_scores(0.6), atol=1e-5)
   seqs = packing.sequences(np.ones((2, 4), np.int32), [3, 4], {'weight': np.eye(2, 4, 1)})
-  (batch,), _ = packing.pack(seqs, 8, 1)
+  (batch,), _ = packing.pack(seqs, 8, 1, share=True)
   assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
 
 
@@ -281,7 +281,7 @@ def test_bug_14_scores_off_by_one():
   (batch,), _ = micro_batches(tiny.algorithm(), experience)
   got = np.asarray(student.score(PARAMS, batch).logp)
   row = np.arange(len(batch.index_BM))[:, None]
-  context, target = batch.tokens_BT[row, batch.index_BM - 1], batch.tokens_BT[row, batch.index_BM]
+  context, target = batch.tokens_BT[row, batch.before_BM], batch.tokens_BT[row, batch.index_BM]
   table = np.asarray(PARAMS['table'])
   want, _ = oracle.scores(table[context.ravel()], PARAMS['head'], target.ravel())
   np.testing.assert_allclose(got.ravel(), want, atol=1e-5)

@@ -234,7 +234,7 @@ def test_a_thought_ends_with_its_tag_and_not_before_it_has_begun(close, least):
   gaps = []
   for aux in ({'weight': mask, 'barred': barred}, {'weight': mask}):
     seqs = packing.sequences(out.tokens_RS, out.length_R, aux)
-    batches, where = packing.pack(seqs, 32, 8)
+    batches, where = packing.pack(seqs, 32, 8, share=True)
     logps = [np.asarray(student.score(params, batch).logp) for batch in batches]
     gaps.append(np.abs(packing.unpack(logps, seqs, where, mask.shape) - out.logp_RS).max())
   assert gaps[0] < 1e-5 and gaps[1] > 0.05
@@ -258,7 +258,7 @@ def test_texts_beside_rollouts_are_a_sum_of_two_losses():
   )
 
   def gradient(student, seqs, denominators):
-    batches, _ = packing.pack(seqs, 8, 2)
+    batches, _ = packing.pack(seqs, 8, 2, share=True)
     grads, loss, reports = student.gradients(params, batches, denominators)
     return float(loss), jax.device_get(grads), jax.device_get(reports)
 
@@ -287,7 +287,7 @@ def test_no_program_holds_the_logits_of_a_text(vocab, rows):
   ints, floats = jnp.ones((rows, T), jnp.int32), jnp.ones((rows, T))
   names = ('weight', 'adv', 'sampler_logp', 'text_weight', 'plain')
   aux = {**dict.fromkeys(names, floats), 'barred': jnp.ones((rows, T, 3), jnp.int32)}
-  batch = types.Batch(ints, ints, ints, ints, aux)
+  batch = types.Batch(*[ints] * 6, aux)
   sizes = rows * T, model.width, vocab, student.loss_chunk
   update = learner.Learner.accumulate.lower(student, shapes, shapes, batch, (jnp.float32(1.0),) * 2)
   test_policy_loss.check_memory(update.compile(), *sizes)

@@ -26,17 +26,27 @@ def make(case, dtype='float32'):
   rng = np.random.default_rng(0)
   shapes = (B, H, T, C), (B, K, T, C), (B, K, T, C)
   qkv = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-  segments = np.zeros((B, T), np.int32)  # what is left of a row is padding
+  segments, positions = np.zeros((2, B, T), np.int32)  # what is left of a row is padding
   segments[:, : sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
-  return *qkv, jnp.asarray(segments), window, C**-0.5, softcap
+  positions[:, : sum(lengths)] = np.concatenate([np.arange(n) for n in lengths])
+  return *qkv, kernel.Packed(jnp.asarray(segments), None, positions), window, C**-0.5, softcap
 
 
-def run(function, q, k, v, segments, *rest):
+def continued(inputs):
+  """The same rows, where all segments but the first continue it."""
+  segments, _, positions = inputs[3]
+  begin = (segments == 1).sum(1, keepdims=True)
+  prefixes, later = jnp.where(segments > 0, 1, 0), segments > 1
+  positions = jnp.where(later, positions + begin, positions)
+  return *inputs[:3], kernel.Packed(segments, prefixes, positions), *inputs[4:]
+
+
+def run(function, q, k, v, packed, *rest):
   """Output of the real tokens and the gradients of a weighted sum of it."""
 
   def loss(q, k, v):
-    out = function(q, k, v, segments, *rest)
-    out = jnp.where(segments[:, None, :, None] > 0, out.astype(jnp.float32), 0.0)
+    out = function(q, k, v, packed, *rest)
+    out = jnp.where(packed.segments[:, None, :, None] > 0, out.astype(jnp.float32), 0.0)
     weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
     return jnp.sum(out * weights), out
 
@@ -71,12 +81,42 @@ def test_bfloat16_stays_near_float32(backend, case):
     assert gap < 0.02
 
 
+@pytest.mark.parametrize('case', kernel.cases()[1:3], ids=lambda case: case[0])
+@pytest.mark.parametrize('backend, dtype', [('xla', 'float32'), ('cudnn', 'bfloat16')])
+def test_segments_that_continue_another_are_as_if_it_were_theirs(backend, dtype, case):
+  """Every sequence alone in its row, its beginning repeated, gives the same."""
+  inputs = continued(make(case, dtype))
+  q, k, v, packed, *rest = inputs
+  got = on(backend)(*inputs)
+  ids, begin = packed.segments[0], int((packed.segments[0] == 1).sum())
+  for segment in range(2, int(ids.max()) + 1):
+    at = np.r_[:begin, np.flatnonzero(ids == segment)]
+    row = [x[:, :, at].astype(jnp.float32) for x in (q, k, v)]
+    ones = jnp.ones((q.shape[0], at.size), jnp.int32)
+    alone = kernel.Packed(ones, None, jnp.broadcast_to(jnp.arange(at.size), ones.shape))
+    want = kernel.self_attention_ref(*row, alone, *rest)
+    gap = np.abs(np.float32(got[:, :, at]) - want).max()
+    assert gap < (1e-5 if dtype == 'float32' else 0.02)
+
+
+def test_splash_refuses_segments_that_continue_another():
+  with pytest.raises(ValueError, match="'splash' has no segment that continues another; xla has"):
+    on('splash')(*continued(make(kernel.cases()[1])))
+
+
 def test_visible_by_hand():
   """Two segments of two and one token of padding; a window of one sees the token alone."""
-  segments = jnp.asarray([[1, 1, 2, 2, 0]])
+  segments, positions = jnp.asarray([[1, 1, 2, 2, 0]]), jnp.asarray([[0, 1, 0, 1, 0]])
+  see = lambda window, *packed: kernel.visible(kernel.Packed(*packed), window)[0].astype(int)
   want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
-  assert kernel.visible(segments, None)[0].astype(int).tolist() == want
-  assert kernel.visible(segments, 1)[0].astype(int).tolist() == np.eye(5, dtype=int).tolist()
+  assert see(None, segments, None, positions).tolist() == want
+  assert see(1, segments, None, positions).tolist() == np.eye(5, dtype=int).tolist()
+  # The second continues the first; in a window of two its first token sees the one before it.
+  prefixes, positions = jnp.asarray([[1, 1, 1, 1, 0]]), jnp.asarray([[0, 1, 2, 3, 0]])
+  want[2:4] = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+  assert see(None, segments, prefixes, positions).tolist() == want
+  want[2:4] = [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
+  assert see(2, segments, prefixes, positions).tolist() == want
 
 
 @pytest.mark.parametrize('dtype, softcap', [('float32', None), ('bfloat16', 5.0)])

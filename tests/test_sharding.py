@@ -216,7 +216,7 @@ def trained(name):
   weight_BT = np.ones((20, 16), np.float32)
   weight_BT[:, :2] = 0
   seqs = packing.sequences(tokens_BT, length_B, {'weight': weight_BT})
-  batches, _ = packing.pack(seqs, 16, 8)
+  batches, _ = packing.pack(seqs, 16, 8, share=True)
   assert len(batches) > 1
   state = student.init(random_params(model))
   placed = sharding.put_rows(batches[0], mesh)
@@ -310,7 +310,8 @@ def test_fsdp_moves_parameters_and_never_activations():
   student, rows = make_learner(model, mesh), NamedSharding(mesh, types.ROWS)
   leaf = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
   weight = jax.ShapeDtypeStruct((8, 5), np.float32, sharding=rows)
-  batch = types.Batch(leaf(8, 17), leaf(8, 17), leaf(8, 17), leaf(8, 5), {'weight': weight})
+  rows_8T = [leaf(8, 17) for _ in range(4)]
+  batch = types.Batch(*rows_8T, leaf(8, 5), leaf(8, 5), {'weight': weight})
   params = student.abstract().params
   denominators = (jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh)),)
   lower = learner.Learner.accumulate.lower

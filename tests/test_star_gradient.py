@@ -45,7 +45,7 @@ def test_on_a_policy_of_two_tokens():
 
 
 def gradients(student, params, sequences, denominator):
-  batches, _ = packing.pack(sequences, 16, 2)
+  batches, _ = packing.pack(sequences, 16, 2, share=True)
   grads, _, _ = student.gradients(params, batches, (denominator,))
   return jax.tree.leaves(grads)
 

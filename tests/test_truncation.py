@@ -83,7 +83,7 @@ def rows(samples, kept=True, **scores):
 def score(student, params, samples, kept=True):
   """logp_RS and entropy_RS of the sampled tokens."""
   seqs = rows(samples, kept)
-  batches, where = packing.pack(seqs, 40, 4)
+  batches, where = packing.pack(seqs, 40, 4, share=True)
   outs = jax.device_get([student.score(params, batch) for batch in batches])
   shape = samples.tokens_RS.shape
   return [packing.unpack([x[i] for x in outs], seqs, where, shape) for i in (0, 1)]
@@ -123,7 +123,7 @@ def test_sampler_and_scorer_agree(how, temperature):
 
 def update(student, params, samples, old_RS):
   """Parameters after one step on the samples, and its metrics."""
-  batches, _ = packing.pack(rows(samples, old_logp=old_RS, ref_logp=old_RS), 40, 4)
+  batches, _ = packing.pack(rows(samples, old_logp=old_RS, ref_logp=old_RS), 40, 4, share=True)
   tokens = (samples.source_RS == types.POLICY).sum()
   state, reports = student.update(student.init(jax.tree.map(jnp.copy, params)), batches, (tokens,))
   return state.params, learner.reduce_reports(reports)
@@ -190,7 +190,7 @@ def test_loss_and_gradient_do_not_depend_on_the_slicing():
   }
   for way, (chosen, row_length, per_batch, mesh) in ways.items():
     _, student = make(temperature, mesh)
-    batches, _ = packing.pack(chosen, row_length, per_batch)
+    batches, _ = packing.pack(chosen, row_length, per_batch, share=True)
     batches = [sharding.put_rows(batch, MESHES[mesh]) for batch in batches]
     params = student.init(jax.tree.map(jnp.copy, PARAMS)).params
     tokens = (samples.source_RS == types.POLICY).sum()

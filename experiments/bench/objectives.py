@@ -122,7 +122,7 @@ def main(_) -> None:
       aux = {'weight': weight_BT, 'adv': algorithm.advantages(experience)}
       aux |= {'sampler_logp': experience.logp_BT, **experience.scores}
       seqs = packing.sequences(experience.tokens_BT, experience.length_B, aux)
-      batches, _ = packing.pack(seqs, 128, 8)
+      batches, _ = packing.pack(seqs, 128, 8, share=True)
       middle = time.perf_counter()
       states[name], reports = learners[name].update(states[name], batches, (denominator or 1.0,))
       learner.reduce_reports(reports)

@@ -78,7 +78,7 @@ def main(_) -> None:
     weight = (out.source_RS == types.POLICY).astype(np.float32)
     aux = {'weight': weight} | ({} if out.kept_RSK is None else {'kept': out.kept_RSK})
     seqs = packing.sequences(out.tokens_RS, out.length_R, aux)
-    batches, _ = packing.pack(seqs, row_length, 8)
+    batches, _ = packing.pack(seqs, row_length, 8, share=True)
     state, reports = student.update(state, batches, (weight.sum(),))
     learner.reduce_reports(reports)
     end = time.perf_counter()

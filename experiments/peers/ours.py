@@ -128,7 +128,9 @@ def run(cfg: grpo.GRPO, case: batches.Case, step: int = 0) -> dict:
     tokens_BT=minibatch.tokens_BT,
     positions_BT=at_BT,
     segments_BT=(at_BT < minibatch.length_B[:, None]).astype(np.int32),
+    prefixes_BT=None,
     index_BM=at_BT[:, here],
+    before_BM=at_BT[:, here] - 1,
     aux={name: x[:, here] for name, x in aux.items()},
   )
   # What only the host reads is the same for all, so that fewer programs are compiled.

@@ -3,7 +3,8 @@
 A model is a frozen dataclass of its switches with
 
     init(key) -> params                      nested dict, per-layer leaves; heads in params['heads']
-    hidden(params, tokens_BT | embeds_BTD, positions_BT, segments_BT, cache, mesh=, fresh=)
+    hidden(params, tokens_BT | embeds_BTD, positions_BT, segments_BT, cache, prefixes_BT=, mesh=,
+      fresh=)
       -> (hidden_BTD, cache)                 see `decoder.Decoder.hidden`
     head(params) -> W_VD                     with `logit_scale` and `final_softcap` as attributes
     with_head(tree, W_VD) -> tree            the same place of a tree of gradients

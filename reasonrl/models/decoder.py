@@ -280,18 +280,21 @@ class Decoder:
     return x * jnp.asarray(math.sqrt(self.width), dtype) if self.embed_scale else x
 
   def hidden(
-    self, params, inputs, positions_BT, segments_BT, cache=None, *, mesh=None, fresh=False
-  ):
+    self, params, inputs, positions_BT, segments_BT, cache=None, *, prefixes_BT=None, mesh=None,
+    fresh=False,
+  ):  # fmt: skip
     """Final hidden states.
 
     Args:
       params: as from `init`.
       inputs: tokens_BT (integers) or embeds_BTD, as `embed` gives them.
-      positions_BT: int32, restart at 0 in every segment.
+      positions_BT: int32, of a token in its sequence.
       segments_BT: int32, 0 = padding. Tokens see only their own segment.
       cache: None, or what `init_cache` or an earlier call returned. With a cache a row is one
         sequence, its tokens go into the next slots, for which there must be room, and tokens of
         segment 0 are nobody's.
+      prefixes_BT: None, or without a cache the segments that are continued, which the tokens see
+        too: as `types.Batch`.
       mesh: of the arrays; None: one device.
       fresh: nothing is in the cache yet, so that tokens see one another alone.
 
@@ -299,13 +302,14 @@ class Decoder:
       hidden_BTD (compute dtype), cache (None if none was given).
     """
     cache = None if cache is None else caches.note(cache, positions_BT, segments_BT)
+    packed = ops.Packed(segments_BT, prefixes_BT, positions_BT)
     x = inputs.astype(jnp.dtype(self.compute_dtype))
     if jnp.issubdtype(inputs.dtype, jnp.integer):
       x = self.embed(params, inputs)
 
     def kind(window):  # what the layers of one window share
       rotation = rope.rotation(positions_BT, *self._frequencies(window))
-      attend = self._attend(positions_BT, segments_BT, window, cache, fresh, mesh)
+      attend = self._attend(packed, window, cache, fresh, mesh)
 
       def block(weights, x, own, shared):
         look = functools.partial(attend, own=own, shared=shared)
@@ -325,14 +329,14 @@ class Decoder:
     norm = params['final_norm']['scale']
     return rms_norm(x, norm, self.norm_eps, self.norm_plus_one), cache
 
-  def _attend(self, positions_BT, segments_BT, window, cache, fresh: bool, mesh):
+  def _attend(self, packed: ops.Packed, window, cache, fresh: bool, mesh):
     """(q, k, v, own, shared) -> what the heads see."""
     scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
     form = (scale, self.attention_softcap)
     if cache is None or fresh:
-      look = lambda q, k, v: ops.self_attention(q, k, v, segments_BT, window, *form, mesh)
+      look = lambda q, k, v: ops.self_attention(q, k, v, packed, window, *form, mesh)
       return lambda q, k, v, own, shared: look(q, k, v)
-    see = caches.visible(cache, positions_BT, segments_BT, window)
+    see = caches.visible(cache, packed.positions, packed.segments, window)
     return lambda q, k, v, own, shared: ops.decode_attention(q, k, v, own, shared, *see, *form)
 
   def _unrolled(self, kinds, layers, x, cache):
