@@ -32,7 +32,7 @@ def config(folder: str, prompts: int, samples: int, steps: int, dtype: str):
   made.rl = common.reinforce('deepseekmath_grpo', learning_rate=1e-6)
   made.rl.steps, made.rl.prompts_per_step, made.rl.eval_every = steps, prompts, 0
   made.rl.env.num_generations, made.rl.env.max_completion_length = samples, NEW
-  made.rl.row_length, made.rl.rows_per_batch = PROMPT + NEW, 8
+  made.rl.row_length, made.rl.rows_per_batch = PROMPT + samples * NEW, 2  # a row is a group
   made.evaluation = common.evaluation()
   made.evaluation.num_examples, made.evaluation.correct = 1, 'letters'
   made.log.every, made.log.transcripts_every = 1, steps + 1
