@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from reasonrl.experiments import smollm2
+from reasonrl.experiments import processor, smollm2
 from reasonrl.models import decoder
 
 HERE = pathlib.Path(__file__).parent
@@ -45,6 +45,7 @@ PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.')
 ROWS = flags.DEFINE_list('rows', ['1', '8', '64'], 'Samples at a time.')
 NEW = flags.DEFINE_list('new', ['64', '256'], 'New tokens of each.')
+HALF = flags.DEFINE_bool('bfloat16', True, 'False: without, for CPUs that have no such products.')
 PROMPT, SAMPLES, GREEDY = 64, 8, 32
 
 # name -> (environment, script, its arguments)
@@ -171,7 +172,7 @@ def table(result: dict) -> str:
   shapes = list(next(iter(times.values())))
   lines = ['| | ' + ' | '.join(f'{shape} tok/s' for shape in shapes) + ' |']
   lines.append('|' + '---|' * (1 + len(shapes)))
-  ours = times['ours, bfloat16'], times['ours, float32']
+  ours = [times[name] for name in ('ours, bfloat16', 'ours, float32') if name in times]
   for name, by_shape in times.items():
     cells = []
     for shape in shapes:
@@ -181,14 +182,15 @@ def table(result: dict) -> str:
       cell = f'{rows * new / np.median(seconds):.0f} ({share:.0%}'
       if not name.startswith('ours'):
         ratios = [np.median(seconds / np.asarray(our[shape])) for our in ours]
-        cell += f'; {ratios[0]:.1f}, {ratios[1]:.1f} x'
+        cell += f'; {", ".join(f"{ratio:.1f}" for ratio in ratios)} x'
       cells.append(cell + ')')
     lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
   peak = ', '.join(f'{rates[dtype] / 1e9:.0f} G {dtype}' for dtype in ('float32', 'bfloat16'))
   about = (
     f'{result["repeats"]} turns. Rows x new tokens. In brackets: share of the roofline; how many '
-    'times as fast ours is in bfloat16, in float32.\n'
-    f'Machine: {rates["bandwidth"] / 1e9:.1f} GB/s read, operations per second {peak}.\n'
+    f'times as fast ours is{" in bfloat16, in float32" if len(ours) > 1 else ""}.\n'
+    f'{result["processor"]}: {rates["bandwidth"] / 1e9:.1f} GB/s read, operations per second '
+    f'{peak}.\n'
     f'Equal greedy tokens of {GREEDY}: '
     + ', '.join(f'{name} {n:.1f}' for name, n in result['equal'].items())
     + '.\n'
@@ -203,11 +205,14 @@ def main(_) -> None:
   model, prompts, rates = smollm2.write(folder), smollm2.pieces(8, PROMPT), machine()
   engines, left_out = [], []
   for name in ENGINES:
+    if 'bfloat16' in name and not HALF.value:
+      continue
     try:
       engines.append(Engine(name, folder))
     except FileNotFoundError as error:
       left_out.append(f'{name} ({error})')
-  result = {'repeats': REPEATS.value, 'machine': rates, 'left_out': left_out}
+  result = {'processor': processor.name(), 'repeats': REPEATS.value, 'machine': rates}
+  result['left_out'] = left_out
   result['equal'] = agree(engines, prompts)
   logging.info('equal greedy tokens: %s', result['equal'])
   result['seconds'] = {engine.name: {} for engine in engines}

@@ -5,13 +5,14 @@
   python experiments/bench/step/against_peers.py
 
 Prompts of 64 tokens, completions of 64, temperature 1, KL against a reference with beta .04, AdamW,
-one update per step. Beside TRL: 8 prompts with 8 completions each in bfloat16 (of ours only the
-products are, its weights are float32). Beside tunix, which needs more memory: 2 with 4, tunix in
+one update per step. Beside TRL: 8 prompts with 8 completions each. Beside tunix, which needs more
+memory: 2 with 4, tunix in float32. In bfloat16 of ours only the products are, its weights are
 float32. The engines take turns, each in a process of its own; the first step of a turn, which
 compiles, is left out.
 
 Writes against_peers.json and the table against_peers.md beside this file: median seconds of a step
-and its parts, and how many times as fast ours is, the median over the turns.
+and its parts, and how many times as fast ours is as the faster form of the peer, the median over
+the turns.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ import sys
 import numpy as np
 from absl import app, flags, logging
 
-from reasonrl.experiments import smollm2
+from reasonrl.experiments import processor, smollm2
 
 HERE = pathlib.Path(__file__).parent
 WORKDIR = flags.DEFINE_string('workdir', 'runs/bench_step', 'Where the weights are written.')
 PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.')
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Turns.')
 STEPS = flags.DEFINE_integer('steps', 3, 'Of each turn.', lower_bound=2)
+HALF = flags.DEFINE_bool('bfloat16', True, 'False: without, for CPUs that have no such products.')
 
-# peer -> (environment, script, prompts, completions of each, our dtypes)
+# peer -> (environment, script, prompts, completions of each, dtypes)
 PEER = {
-  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8, ('bfloat16',)),
-  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4, ('float32', 'bfloat16')),
+  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8, ('bfloat16', 'float32')),
+  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4, ('float32',)),
 }
 PARTS = ('sample', 'score', 'update', 'step')
 
@@ -59,14 +61,15 @@ def table(result: dict) -> str:
     step = {
       side: np.asarray([np.median([s['step'] for s in t]) for t in sides[side]]) for side in sides
     }
+    best = np.min([seconds for side, seconds in step.items() if side.startswith(peer)], axis=0)
     for side, turns in sides.items():
       steps = [s for turn in turns for s in turn]
       spent = [[s[part] for s in steps if part in s] for part in PARTS]
       cells = [f'{np.median(seconds):.1f}' if seconds else '' for seconds in spent]
-      last = '' if side == peer else f'{np.median(step[peer] / step[side]):.1f}'
+      last = f'{np.median(best / step[side]):.1f}' if side.startswith('ours') else ''
       lines.append(f'| {side} | {prompts} x {samples} | ' + ' | '.join([*cells, last]) + ' |')
   left = f'\nLeft out: {"; ".join(result["left_out"])}.\n' if result['left_out'] else ''
-  return '\n'.join(lines) + '\n' + left
+  return f'{result["processor"]}; {REPEATS.value} turns.\n\n' + '\n'.join(lines) + '\n' + left
 
 
 def main(_) -> None:
@@ -75,7 +78,8 @@ def main(_) -> None:
   smollm2.write(folder)
   rows = [{'problem': text, 'answer': ''} for text in smollm2.texts(24, 64)]
   (folder / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  result = {'seconds': {}, 'left_out': []}
+  result = {'processor': processor.name(), 'seconds': {}, 'left_out': []}
+  ours = ('bfloat16', 'float32') if HALF.value else ('float32',)
   for turn in range(REPEATS.value):
     for peer, (environment, script, prompts, samples, dtypes) in PEER.items():
       python = pathlib.Path(PEERS.value) / environment / 'bin/python'
@@ -83,8 +87,9 @@ def main(_) -> None:
         result['left_out'] += [f'{peer} (no {python})'] if not turn else []
         continue
       sizes = prompts, samples, STEPS.value
-      calls = {f'ours, {d}': (sys.executable, 'ours.py', folder, *sizes, d) for d in dtypes}
-      calls[peer] = str(python), script, folder, *sizes
+      calls = {f'ours, {d}': (sys.executable, 'ours.py', folder, *sizes, d) for d in ours}
+      for d in [d for d in dtypes if d in ours]:
+        calls[f'{peer}, {d}'] = str(python), script, folder, *sizes, d
       for side, call in calls.items():
         steps = run(*call)
         result['seconds'].setdefault(peer, {}).setdefault(side, []).append(steps)

@@ -1,4 +1,4 @@
-"""TRL: python trl_grpo.py <folder> <prompts> <samples> <steps>."""
+"""TRL: python trl_grpo.py <folder> <prompts> <samples> <steps> <dtype>."""
 
 import collections
 import functools
@@ -52,7 +52,7 @@ class Clock(transformers.TrainerCallback):
     return timed
 
 
-def main(folder: str, prompts: str, samples: str, steps: str) -> None:
+def main(folder: str, prompts: str, samples: str, steps: str, dtype: str) -> None:
   torch.set_num_threads(os.cpu_count())
   with open(f'{folder}/prompts.jsonl') as lines:
     rows = [{'prompt': json.loads(line)['problem']} for line in lines]
@@ -62,8 +62,8 @@ def main(folder: str, prompts: str, samples: str, steps: str) -> None:
     config = trl.GRPOConfig(
       output_dir=output,
       use_cpu=True,
-      bf16=True,
-      model_init_kwargs={'dtype': torch.bfloat16},
+      bf16=dtype == 'bfloat16',
+      model_init_kwargs={'dtype': getattr(torch, dtype)},
       per_device_train_batch_size=BATCH,
       gradient_accumulation_steps=sequences // BATCH,
       gradient_checkpointing=False,

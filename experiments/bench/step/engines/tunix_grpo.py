@@ -1,4 +1,4 @@
-"""google-tunix: python tunix_grpo.py <folder> <prompts> <samples> <steps>.
+"""google-tunix: python tunix_grpo.py <folder> <prompts> <samples> <steps> <dtype>.
 
 A step is the time from one call of the reward to the next: all else of tunix's loop is inside.
 """
@@ -49,13 +49,13 @@ class Texts:
   pad_id = staticmethod(lambda: -1)
 
 
-def main(folder: str, prompts: str, samples: str, steps: str) -> None:
+def main(folder: str, prompts: str, samples: str, steps: str, dtype: str) -> None:
   prompts, samples, steps = int(prompts), int(samples), int(steps)
   config = tunix_sampler.model_config(folder)
   model_lib.apply_rope = functools.partial(model_lib.apply_rope, rope_theta=config.rope_theta)
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ('fsdp', 'tp'))
   load = functools.partial(
-    params_lib.create_model_from_safe_tensors, folder, config, mesh, dtype=jnp.float32
+    params_lib.create_model_from_safe_tensors, folder, config, mesh, dtype=jnp.dtype(dtype)
   )
   calls, parts, found = [], collections.Counter(), []
 

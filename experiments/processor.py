@@ -1,0 +1,19 @@
+"""What a benchmark says of the processor that it ran on."""
+
+import os
+import pathlib
+
+VECTORS = ('amx_bf16', 'avx512_bf16', 'avx512f', 'avx2', 'asimd')  # the first that it has
+
+
+def name() -> str:
+  """'AMD EPYC, 2 cores, avx2'; what Linux does not say is left out."""
+  info = pathlib.Path('/proc/cpuinfo')
+  fields = {}
+  for line in info.read_text().splitlines() if info.exists() else ():
+    key, _, value = line.partition(':')
+    fields.setdefault(key.strip(), value.strip())
+  flags = fields.get('flags', fields.get('Features', '')).split()
+  best = next((x for x in VECTORS if x in flags), '')
+  parts = fields.get('model name', ''), f'{os.cpu_count()} cores', best
+  return ', '.join(part for part in parts if part)
