@@ -55,7 +55,7 @@ def visible(packed: Packed, window: int | None):
 
 
 def self_attention(q_BHTC, k_BKTC, v_BKTC, packed: Packed, window, scale, softcap, backend: str):
-  """Attention within the segments of packed rows.
+  """Attention within the sequences of packed rows.
 
   Args:
     q_BHTC, k_BKTC, v_BKTC: H must be a multiple of K.

@@ -218,9 +218,13 @@ class Learner:
 
   def _hidden(self, params, batch):
     """The hidden state before each scored token, [M, D]."""
-    packed = batch.positions_BT, batch.segments_BT
     hidden_BTD, _ = self.model.hidden(
-      params, batch.tokens_BT, *packed, prefixes_BT=batch.prefixes_BT, mesh=self.mesh
+      params,
+      batch.tokens_BT,
+      batch.positions_BT,
+      batch.segments_BT,
+      prefixes_BT=batch.prefixes_BT,
+      mesh=self.mesh,
     )
     hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.before_BM[:, :, None], axis=1)
     return hidden_BMD.reshape(-1, hidden_BMD.shape[-1])

@@ -43,7 +43,7 @@ def forbid(vocab_size: int, ids) -> jax.Array:
 def self_attention(
   q_BHTC, k_BKTC, v_BKTC, packed: Packed, window, scale, softcap, mesh: Mesh | None
 ):
-  """Causal attention within the segments of rows: see `kernels.self_attention`.
+  """Causal attention within the sequences of rows: see `kernels.self_attention`.
 
   On a mesh, rows are split over data and fsdp, and heads over tensor where it divides them.
   """
@@ -75,22 +75,22 @@ def self_attention(
   )(q_BHTC, k_BKTC, v_BKTC, packed)
 
 
-def shares_prefixes(device, dtype) -> bool:
-  """Whether attention on this device knows segments that continue another (`Packed.prefixes`)."""
-  return device.platform != 'tpu' or dtype != jnp.bfloat16
-
-
 def attention_backend(device, q_BHTC, softcap) -> str:
   """Of `kernels.self_attention`: the platform's own kernel where it can do this."""
   if q_BHTC.dtype != jnp.bfloat16:  # in float32 the kernels multiply in less
     return 'xla'
-  if not shares_prefixes(device, q_BHTC.dtype):
+  if device.platform == 'tpu':
     return 'splash'
   # 8.0: Ampere. AMD's capabilities are names.
   if re.fullmatch(r'([89]|\d\d)\.\d', getattr(device, 'compute_capability', '')):
     C = q_BHTC.shape[-1]
     return 'cudnn' if softcap is None and C <= 128 and C % 8 == 0 else 'xla'
   return 'xla'
+
+
+def shares_prefixes(device, dtype: str) -> bool:
+  """Whether attention here knows segments that continue another (`Packed.prefixes`)."""
+  return device.platform != 'tpu' or dtype != 'bfloat16'  # which is splash
 
 
 def loss_spec(backend: str, rows: int, form, support, D: int, mesh: Mesh) -> policy_loss.Spec:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import collections
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def with_texts(seqs: list[types.Sequence], texts: list[types.Sequence], coef: fl
 
 
 def pack(seqs: list[types.Sequence], row_length: int, rows: int, share: bool):
-  """Sequences -> micro-batches of `rows` rows by first fit, longest first.
+  """Sequences -> micro-batches of `rows` rows by first fit.
 
   With `share`, what sequences hold before their first scored token lies in a row once, for all
   sequences of the row that begin like this: the prompt of a group (arXiv 2506.05433).
@@ -75,13 +76,15 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int, share: bool):
   """
   for i, seq in enumerate(seqs):
     if seq.index_M.size and seq.index_M.min() == 0:
-      raise ValueError(f'sequence {i}: the first token of a segment cannot be scored')
+      raise ValueError(f'sequence {i}: the first token cannot be scored')
     if seq.tokens_T.size > row_length:
       raise ValueError(
         f'a sequence of {seq.tokens_T.size} tokens does not fit a packed row of {row_length}'
       )
-  begins = [seq.tokens_T[: seq.index_M.min() if share and seq.index_M.size else 0] for seq in seqs]
-  content = _first_fit(seqs, begins, row_length)
+  nothing = [seq.tokens_T[:0] for seq in seqs]
+  begins = [seq.tokens_T[: min(seq.index_M, default=0)] for seq in seqs] if share else nothing
+  # What is shared leaves more room, but groups fit together worse than single sequences.
+  content = min((_first_fit(seqs, each, row_length) for each in (begins, nothing)), key=len)
   step = -(-row_length // 4)
   # Every process must compile and run the same programs, so the shapes are agreed on.
   need = sharding.agree(max(max(sum(seqs[i].index_M.size for i in c) for c in content), 1))
@@ -97,19 +100,20 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int, share: bool):
     index, before = ints(slots, 1), ints(slots, 0)
     aux = {name: unused(x) for name, x in seqs[0].aux.items()}
     for r, members in enumerate(content[first : first + rows]):
-      slot, parts = 0, _segments(members, seqs, begins)
-      for segment, (start, new, position, prefix, last, i) in enumerate(parts, start=1):
-        span = slice(start, start + new.size)
-        tokens[r, span], segments[r, span], prefixes[r, span] = new, segment, prefix or segment
-        positions[r, span] = np.arange(position, position + new.size)
-        if i is None:
+      slot = 0
+      for segment, part in enumerate(_segments(members, seqs, begins), start=1):
+        span = slice(part.start, part.start + part.tokens.size)
+        tokens[r, span], segments[r, span] = part.tokens, segment
+        positions[r, span] = np.arange(part.position, part.position + part.tokens.size)
+        prefixes[r, span] = part.prefix or segment
+        if part.sequence is None:
           continue
-        seq, own = seqs[i], slice(slot, slot + seqs[i].index_M.size)
-        index[r, own] = seq.index_M - position + start
-        before[r, own] = np.where(seq.index_M == position, last, index[r, own] - 1)
+        seq = seqs[part.sequence]
+        own, at = slice(slot, slot + seq.index_M.size), seq.index_M - part.position + part.start
+        index[r, own], before[r, own] = at, np.where(at == part.start, part.before, at - 1)
         for name in aux:
           aux[name][r, own] = seq.aux[name]
-        where[i] = (len(batches), r, slot)
+        where[part.sequence] = (len(batches), r, slot)
         slot = own.stop
     shared = prefixes if share else None
     batches.append(types.Batch(tokens, positions, segments, shared, index, before, aux))
@@ -117,9 +121,12 @@ def pack(seqs: list[types.Sequence], row_length: int, rows: int, share: bool):
 
 
 def _first_fit(seqs, begins, row_length: int) -> list[list[int]]:
-  """Which sequences every row holds, in order: first the group with the most tokens, of it the
-  longest sequence."""
-  groups = collections.defaultdict(list)  # by how they begin; those that share nothing alone
+  """Which sequences every row holds, in order.
+
+  First the group with the most tokens, of it the longest sequence; what shares nothing is a group
+  alone.
+  """
+  groups = collections.defaultdict(list)
   for i, begin in enumerate(begins):
     groups[begin.tobytes() or i].append(i)
   sizes = [seq.tokens_T.size for seq in seqs]
@@ -137,20 +144,28 @@ def _first_fit(seqs, begins, row_length: int) -> list[list[int]]:
   return [c for c in content if c]
 
 
-def _segments(members, seqs, begins):
-  """The segments of a row: (start, tokens, position of the first, prefix or 0, last, sequence).
+class _Segment(NamedTuple):
+  """A part of a row."""
 
-  A segment that is shared has no sequence; of one that continues it, last is its last token.
-  """
+  start: int  # in the row
+  tokens: np.ndarray
+  position: int  # of the first one in its sequence
+  prefix: int  # the segment that it continues; 0: none
+  before: int  # where that one ends in the row; 0: it continues none
+  sequence: int | None  # whose scored tokens it holds; None: others continue it
+
+
+def _segments(members, seqs, begins) -> list[_Segment]:
+  """What a row holds, in order."""
   out, end, held = [], 0, {}
   for i in members:
     begin, key = begins[i], begins[i].tobytes()
     if key and key not in held:
-      out.append((end, begin, 0, 0, 0, None))
+      out.append(_Segment(end, begin, 0, 0, 0, None))
       end += begin.size
       held[key] = len(out), end - 1
     own = seqs[i].tokens_T[begin.size :]
-    out.append((end, own, begin.size, *held.get(key, (0, 0)), i))
+    out.append(_Segment(end, own, begin.size, *held.get(key, (0, 0)), i))
     end += own.size
   return out
 

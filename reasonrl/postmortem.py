@@ -267,5 +267,7 @@ def read(path: pathlib.Path):
   for b in range(len({name.split('/')[0] for name in arrays})):
     mine = {n.removeprefix(f'{b}/'): x for n, x in arrays.items() if n.startswith(f'{b}/')}
     aux = {n.removeprefix('aux/'): mine.pop(n) for n in list(mine) if n.startswith('aux/')}
-    batches.append(types.Batch(**{'prefixes_BT': None, **mine}, aux=aux))
+    mine.setdefault('prefixes_BT', None)  # which is no array
+    mine.setdefault('before_BM', mine['index_BM'] - 1)  # dumps from before it was written
+    batches.append(types.Batch(**mine, aux=aux))
   return place, batches, denominators, params

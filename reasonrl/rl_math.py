@@ -20,11 +20,11 @@ def log_ratio(logp, old_logp, weight, clamp: float | None = None):
   return gap if clamp is None else jnp.clip(gap, -clamp, clamp)
 
 
-def segment_sum(x_BM, segment_BM):
-  """On every token the sum of x over the tokens of its segment: [B, M]."""
+def segment_sum(x_BM, segment_BM, segments: int):
+  """On every token the sum of x over the tokens of its segment, below `segments`: [B, M]."""
 
   def one(x_M, segment_M):
-    return jax.ops.segment_sum(x_M, segment_M, x_M.size + 1)[segment_M]
+    return jax.ops.segment_sum(x_M, segment_M, segments)[segment_M]
 
   return jax.vmap(one)(x_BM, segment_BM)
 

@@ -9,7 +9,7 @@ Axis letters, written as a suffix of every such array (`logp_BT`, `hidden_MD`):
 In a `support` K counts token ids.
 
 Alignment: index t of any `_BT` array speaks about token t (its log-probability, mask, advantage).
-The first token of every segment has mask 0; segment id 0 is padding. EOS is a policy token:
+The first token of every sequence has mask 0; segment id 0 is padding. EOS is a policy token:
 sampled, stored, masked 1. Padding is known from lengths, never from a token id. Rows are
 right-padded and contiguous: prompt, completion, padding; no holes.
 """
@@ -225,6 +225,7 @@ class Sequence(NamedTuple):
 class Batch:
   """One packed micro-batch on the device. `_BM` arrays speak about token `index_BM`.
 
+  A sequence is a segment, or two: the one that it continues, for all that do so, and its own.
   Unused slots have weight 0, index 1 and before 0.
   """
 

@@ -158,9 +158,9 @@ def test_every_scored_token_is_packed_once_and_comes_back(lengths, row_length, p
     np.testing.assert_array_equal(got, np.where(weight > 0, want, 0).astype(np.float32))
 
 
-def test_the_first_token_of_a_segment_cannot_be_scored():
+def test_the_first_token_of_a_sequence_cannot_be_scored():
   seqs = packing.sequences(np.ones((2, 3)), [3, 3], {'weight': np.array([[0, 1, 1], [1, 1, 1]])})
-  with pytest.raises(ValueError, match='sequence 1: the first token of a segment cannot be scored'):
+  with pytest.raises(ValueError, match='sequence 1: the first token cannot be scored'):
     packing.pack(seqs, 8, 1, share=True)
 
 

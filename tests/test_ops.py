@@ -172,6 +172,7 @@ def test_auto_takes_the_kernel_of_the_chip(device, support, width, backend, rows
 )
 def test_attention_takes_the_kernel_of_the_chip(device, dtype, C, softcap, backend):
   assert ops.attention_backend(device, jnp.zeros((1, 1, 1, C), dtype), softcap) == backend
+  assert ops.shares_prefixes(device, dtype) == (backend != 'splash')
 
 
 @pytest.mark.parametrize('K', [1, 2])

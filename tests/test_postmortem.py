@@ -10,7 +10,7 @@ import pytest
 import test_learner
 import tiny
 
-from reasonrl import learner, postmortem, records
+from reasonrl import learner, packing, postmortem, records
 
 PARAMS, STUDENT = test_learner.PARAMS, test_learner.STUDENT
 LENGTHS = (9, 9, 8, 9, 7, 9)  # three micro-batches, each row one sequence
@@ -156,6 +156,23 @@ def test_a_dump_is_read_back(tmp_path):
     test_learner.assert_trees_equal(ours, theirs)
   assert jax.tree.structure(batches) == jax.tree.structure(again)
   test_learner.assert_trees_equal(postmortem.checkpoint.load_params(params, PARAMS), PARAMS)
+
+
+def test_a_dump_in_which_nothing_is_shared_and_an_old_one_are_read_back(tmp_path):
+  """None is no array; dumps from before `before_BM` shared nothing."""
+  seqs = packing.sequences(*test_learner.rows(LENGTHS))
+  batches, _ = packing.pack(seqs, 12, 2, share=False)
+  write(postmortem.Dumps(tmp_path), 'rl-3-0', PARAMS, 1, batches)
+  path = tmp_path / 'rl-3-0.npz'
+  with np.load(path) as saved:
+    arrays = {name: saved[name] for name in saved.files if not name.endswith('/before_BM')}
+  for rewrite in (False, True):
+    if rewrite:
+      np.savez(path, **arrays)
+    _, again, _, _ = postmortem.read(path)
+    for ours, theirs in zip(batches, again, strict=True):
+      assert theirs.prefixes_BT is None
+      test_learner.assert_trees_equal(ours, theirs)
 
 
 def test_parameters_are_kept_once_for_updates_in_a_row_and_three_times_in_all(tmp_path):

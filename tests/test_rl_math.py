@@ -111,7 +111,7 @@ def test_vespo_weight_by_hand():
 
 
 def test_segment_sums():
-  got = rl_math.segment_sum(jnp.float32([[1, 2, 4, 8]]), jnp.int32([[1, 2, 1, 0]]))
+  got = rl_math.segment_sum(jnp.float32([[1, 2, 4, 8]]), jnp.int32([[1, 2, 1, 0]]), 3)
   np.testing.assert_array_equal(got, [[5, 2, 5, 8]])
 
 

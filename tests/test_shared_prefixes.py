@@ -66,7 +66,7 @@ def test_a_group_that_does_not_fit_one_row_repeats_its_prompt():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(11, 40), st.integers(0, 99))
 def test_every_token_sees_its_own_sequence(samples, row_length, seed):
-  """Its tokens, in order and up to itself, and nothing else; none is packed twice in a row."""
+  """Its tokens, in order and up to itself, and nothing else."""
   seqs = groups(30, samples, seed)
   batches, where = packing.pack(seqs, row_length, 2, share=True)
   for seq, (b, row, slot) in zip(seqs, where, strict=True):
@@ -80,10 +80,7 @@ def test_every_token_sees_its_own_sequence(samples, row_length, seed):
       np.testing.assert_array_equal(batch.positions_BT[row, at], np.arange(i + 1))
       assert batch.before_BM[row, slot + n] == at[-2]
   alone, _ = packing.pack(seqs, row_length, 2, share=False)
-  used = lambda batches: sum(int((batch.segments_BT > 0).sum()) for batch in batches)
-  assert used(batches) <= used(alone)
-  if row_length == 40 and samples == 5:
-    assert used(batches) < 0.8 * used(alone)
+  assert len(batches) <= len(alone)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -97,7 +94,7 @@ def test_loss_gradient_and_scores_are_those_without_sharing(changes, dtype):
   model = tiny.model(compute_dtype=dtype, num_layers=2, **changes)
   params = model.init(jax.random.key(0))
   student = tiny.make_learner(model, params)
-  seqs, found = groups(model.vocab_size, 4), {}
+  seqs, found, tokens = groups(model.vocab_size, 4), {}, {}
   for share in (False, True):
     batches, where = packing.pack(seqs, 32, 2, share=share)
     grads, loss, reports = student.gradients(params, batches, (7.0,))
@@ -106,8 +103,9 @@ def test_loss_gradient_and_scores_are_those_without_sharing(changes, dtype):
     scores = [packing.unpack(x, seqs, where, shape) for x in scores]
     report = learner.reduce_reports((reports, {}))
     found[share] = grads, float(loss), scores[:2], report
-    used = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
-    assert used == sum(seq.tokens_T.size for seq in seqs) if not share else used < 120
+    tokens[share] = sum(int((batch.segments_BT > 0).sum()) for batch in batches)
+  assert tokens[False] == sum(seq.tokens_T.size for seq in seqs)
+  assert tokens[True] <= tokens[False] - 3 * sum(PROMPTS) / 2  # most prompts lie there once
   (want_grads, want_loss, want_scores, want), (grads, loss, scores, report) = found.values()
   near = 1e-5 if dtype == 'float32' else 0.03
   assert loss == pytest.approx(want_loss, rel=near)
@@ -116,7 +114,21 @@ def test_loss_gradient_and_scores_are_those_without_sharing(changes, dtype):
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
     np.testing.assert_allclose(a, b, atol=near * np.abs(b).max())
   assert report.keys() == want.keys()
-  assert all(report[name] == pytest.approx(want[name], rel=0.1) for name in want)
+  rel = 1e-4 if dtype == 'float32' else 0.1
+  assert all(report[name] == pytest.approx(want[name], rel=rel) for name in want)
+
+
+def test_short_completions_have_more_segments_in_a_row_than_scored_tokens():
+  """Five prompts, one scored token each: the log-ratio of each sequence is its own (GSPO)."""
+  seqs = []
+  for n in range(5):
+    aux = {'weight': np.ones(1, np.float32), 'old_logp': np.float32([-n])}
+    seqs.append(types.Sequence(np.array([n + 1, n + 1, 9], np.int32), np.array([2]), aux))
+  (batch,), where = packing.pack(seqs, 16, 1, share=True)
+  assert batch.segments_BT.max() == 10 > batch.index_BM.shape[1]
+  gspo = tiny.algorithm('gspo', num_iterations=2, old_policy='trainer')
+  found = gspo.prepare(np.zeros_like(batch.aux['weight']), batch)['sequence_log_ratio']
+  assert [float(found[row, slot]) for _, row, slot in where] == [0, 1, 2, 3, 4]
 
 
 def test_a_mesh_shares_too():

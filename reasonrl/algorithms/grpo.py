@@ -12,6 +12,7 @@ A), and what concerns whole completions is either computed here on the host or i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -226,26 +227,31 @@ class GRPO:
     """
     weight_BM = batch.aux['weight']
     segment_BM = jnp.take_along_axis(batch.segments_BT, batch.index_BM, axis=1)
+    most = batch.segments_BT.shape[1] + 1  # ids of a row
+    summed = functools.partial(rl_math.segment_sum, segment_BM=segment_BM, segments=most)
     gap_BM = rl_math.log_ratio(logp_BM, self._old(logp_BM, batch.aux), weight_BM, self._clamp)
-    sum_BM = rl_math.segment_sum(gap_BM, segment_BM)
+    sum_BM = summed(gap_BM)
     if self.surrogate == 'vespo':
-      return {'sequence_log_ratio': sum_BM + self._log_rho(batch.aux, segment_BM)}
-    count_BM = rl_math.segment_sum((weight_BM > 0).astype(jnp.float32), segment_BM)
+      return {'sequence_log_ratio': sum_BM + self._log_rho(batch.aux, summed)}
+    count_BM = summed((weight_BM > 0).astype(jnp.float32))
     return {'sequence_log_ratio': sum_BM / jnp.maximum(count_BM, 1.0)}
 
   @property
   def _clamp(self) -> float | None:
     return 20.0 if self.surrogate == 'vespo' else self.log_ratio_clamp
 
-  def _log_rho(self, aux, segment_BM):
-    """VESPO has the correction inside w: log prod rho, bounded as `importance_correction` says."""
+  def _log_rho(self, aux, summed):
+    """VESPO has the correction inside w: log prod rho, bounded as `importance_correction` says.
+
+    summed: [B, M] -> on every token the sum over its completion.
+    """
     if self.importance_correction == 'none':
       return 0.0
     low = 0.0 if self.importance_min is None else self.importance_min
     bounds = math.log(max(low, 1e-8)), math.log(self.importance_max)
     gap_BM = rl_math.log_ratio(aux['old_logp'], aux['sampler_logp'], aux['weight'])
     if self.importance_correction.startswith('sequence'):
-      gap_BM = rl_math.segment_sum(gap_BM, segment_BM)
+      gap_BM = summed(gap_BM)
     if self.importance_correction.endswith('mask'):
       inside = (gap_BM >= bounds[0]) & (gap_BM <= bounds[1])
       gap_BM = jnp.where(inside, gap_BM, math.log(1e-8))
@@ -253,7 +259,7 @@ class GRPO:
       gap_BM = jnp.clip(gap_BM, *bounds)
     if self.importance_correction.startswith('sequence'):
       return gap_BM
-    return rl_math.segment_sum(jnp.where(aux['weight'] > 0, gap_BM, 0.0), segment_BM)
+    return summed(jnp.where(aux['weight'] > 0, gap_BM, 0.0))
 
   def _old(self, logp, aux):
     if self.old_policy == 'sampler':

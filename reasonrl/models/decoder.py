@@ -289,12 +289,11 @@ class Decoder:
       params: as from `init`.
       inputs: tokens_BT (integers) or embeds_BTD, as `embed` gives them.
       positions_BT: int32, of a token in its sequence.
-      segments_BT: int32, 0 = padding. Tokens see only their own segment.
+      segments_BT: int32, 0 = padding. Tokens see their own segment, and what it continues.
       cache: None, or what `init_cache` or an earlier call returned. With a cache a row is one
         sequence, its tokens go into the next slots, for which there must be room, and tokens of
         segment 0 are nobody's.
-      prefixes_BT: None, or without a cache the segments that are continued, which the tokens see
-        too: as `types.Batch`.
+      prefixes_BT: as in `types.Batch`; None with a cache.
       mesh: of the arrays; None: one device.
       fresh: nothing is in the cache yet, so that tokens see one another alone.
 

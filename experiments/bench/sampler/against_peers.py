@@ -45,7 +45,7 @@ PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.')
 ROWS = flags.DEFINE_list('rows', ['1', '8', '64'], 'Samples at a time.')
 NEW = flags.DEFINE_list('new', ['64', '256'], 'New tokens of each.')
-HALF = flags.DEFINE_bool('bfloat16', True, 'False: without, for CPUs that have no such products.')
+HALF = flags.DEFINE_bool('bfloat16', True, 'False: float32 alone, on CPUs without such products.')
 PROMPT, SAMPLES, GREEDY = 64, 8, 32
 
 # name -> (environment, script, its arguments)

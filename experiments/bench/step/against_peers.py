@@ -6,8 +6,8 @@
 
 Prompts of 64 tokens, completions of 64, temperature 1, KL against a reference with beta .04, AdamW,
 one update per step. Beside TRL: 8 prompts with 8 completions each. Beside tunix, which needs more
-memory: 2 with 4, tunix in float32. In bfloat16 of ours only the products are, its weights are
-float32. The engines take turns, each in a process of its own; the first step of a turn, which
+memory: 2 with 4. All in both dtypes; in bfloat16 the peers' weights are bfloat16 too, of ours only
+the products. The engines take turns, each in a process of its own; the first step of a turn, which
 compiles, is left out.
 
 Writes against_peers.json and the table against_peers.md beside this file: median seconds of a step
@@ -33,12 +33,12 @@ WORKDIR = flags.DEFINE_string('workdir', 'runs/bench_step', 'Where the weights a
 PEERS = flags.DEFINE_string('peers', '.', 'Folder with the environments .venv-*.')
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Turns.')
 STEPS = flags.DEFINE_integer('steps', 3, 'Of each turn.', lower_bound=2)
-HALF = flags.DEFINE_bool('bfloat16', True, 'False: without, for CPUs that have no such products.')
+HALF = flags.DEFINE_bool('bfloat16', True, 'False: float32 alone, on CPUs without such products.')
 
-# peer -> (environment, script, prompts, completions of each, dtypes)
+# peer -> (environment, script, prompts, completions of each)
 PEER = {
-  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8, ('bfloat16', 'float32')),
-  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4, ('float32',)),
+  'TRL': ('.venv-trl', 'trl_grpo.py', 8, 8),
+  'tunix': ('.venv-tunix', 'tunix_grpo.py', 2, 4),
 }
 PARTS = ('sample', 'score', 'update', 'step')
 
@@ -57,7 +57,7 @@ def run(python: str, script: str, folder: pathlib.Path, *args) -> list[dict[str,
 def table(result: dict) -> str:
   lines = ['| | sequences | ' + ' | '.join(PARTS) + ' | times as fast |', '|---' * 7 + '|']
   for peer, sides in result['seconds'].items():
-    prompts, samples = PEER[peer][2:4]
+    prompts, samples = PEER[peer][2:]
     step = {
       side: np.asarray([np.median([s['step'] for s in t]) for t in sides[side]]) for side in sides
     }
@@ -79,17 +79,16 @@ def main(_) -> None:
   rows = [{'problem': text, 'answer': ''} for text in smollm2.texts(24, 64)]
   (folder / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   result = {'processor': processor.name(), 'seconds': {}, 'left_out': []}
-  ours = ('bfloat16', 'float32') if HALF.value else ('float32',)
+  dtypes = ('bfloat16', 'float32') if HALF.value else ('float32',)
   for turn in range(REPEATS.value):
-    for peer, (environment, script, prompts, samples, dtypes) in PEER.items():
+    for peer, (environment, script, prompts, samples) in PEER.items():
       python = pathlib.Path(PEERS.value) / environment / 'bin/python'
       if not python.exists():
         result['left_out'] += [f'{peer} (no {python})'] if not turn else []
         continue
       sizes = prompts, samples, STEPS.value
-      calls = {f'ours, {d}': (sys.executable, 'ours.py', folder, *sizes, d) for d in ours}
-      for d in [d for d in dtypes if d in ours]:
-        calls[f'{peer}, {d}'] = str(python), script, folder, *sizes, d
+      calls = {f'ours, {d}': (sys.executable, 'ours.py', folder, *sizes, d) for d in dtypes}
+      calls |= {f'{peer}, {d}': (str(python), script, folder, *sizes, d) for d in dtypes}
       for side, call in calls.items():
         steps = run(*call)
         result['seconds'].setdefault(peer, {}).setdefault(side, []).append(steps)

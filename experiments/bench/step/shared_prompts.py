@@ -1,7 +1,7 @@
 """Scoring and gradients with the prompt of a group once per row, beside every sequence whole.
 
   python experiments/bench/step/shared_prompts.py
-  python experiments/bench/step/shared_prompts.py --compute_dtype=bfloat16
+  python experiments/bench/step/shared_prompts.py --dtypes=float32
 
 SmolLM2-135M's shapes with random weights, groups of eight completions of one length. A row holds
 one group, or without sharing one sequence. Both forms take turns; writes the table
@@ -16,14 +16,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from reasonrl import learner, optim, packing, sharding, types
 from reasonrl.algorithms import grpo
 from reasonrl.configs import common
+from reasonrl.experiments import processor
 from reasonrl.models import decoder
 
-DTYPE = flags.DEFINE_enum('compute_dtype', 'float32', ['float32', 'bfloat16'], 'Of products.')
+DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'Of products.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.', lower_bound=1)
 SHAPES = ((64, 64, 2), (256, 64, 1), (64, 256, 1))  # prompt, completion, groups
 SAMPLES = 8
@@ -64,36 +65,44 @@ def make_sequences(vocab: int, prompt: int, new: int, groups: int) -> list[types
   return out
 
 
+def measure(student, params, prompt: int, new: int, groups: int):
+  """{(part, whether it is shared): seconds of every turn}."""
+  seqs = make_sequences(student.model.vocab_size, prompt, new, groups)
+  shapes = {False: (prompt + new, SAMPLES), True: (prompt + SAMPLES * new, groups)}
+  batches = {share: packing.pack(seqs, *shape, share)[0] for share, shape in shapes.items()}
+  placed = {share: [sharding.put_rows(b, student.mesh) for b in batches[share]] for share in shapes}
+  seconds = {(part, share): [] for part in ('score', 'gradient') for share in shapes}
+  for turn in range(REPEATS.value + 1):  # the first one compiles
+    for share in shapes:
+      start = time.perf_counter()
+      jax.block_until_ready([student.score(params, batch) for batch in placed[share]])
+      middle = time.perf_counter()
+      jax.block_until_ready(student.gradients(params, batches[share], (1.0,))[:2])
+      end = time.perf_counter()
+      if turn:
+        seconds['score', share].append(middle - start)
+        seconds['gradient', share].append(end - middle)
+  return {key: np.asarray(value) for key, value in seconds.items()}
+
+
 def main(_) -> None:
-  student, params = make_learner(DTYPE.value)
-  lines = ['| prompt + completion | | whole | shared | times as fast |', '|---|---|---|---|---|']
-  for prompt, new, groups in SHAPES:
-    seqs = make_sequences(student.model.vocab_size, prompt, new, groups)
-    shapes = {False: (prompt + new, SAMPLES), True: (prompt + SAMPLES * new, groups)}
-    batches = {
-      share: [sharding.put_rows(b, student.mesh) for b in packing.pack(seqs, *shape, share)[0]]
-      for share, shape in shapes.items()
-    }
-    seconds = {(part, share): [] for part in ('score', 'gradient') for share in shapes}
-    for turn in range(REPEATS.value + 1):  # the first one compiles
-      for share in shapes:
-        start = time.perf_counter()
-        jax.block_until_ready([student.score(params, batch) for batch in batches[share]])
-        middle = time.perf_counter()
-        jax.block_until_ready(student.gradients(params, batches[share], (1.0,)))
-        end = time.perf_counter()
-        if turn:
-          seconds['score', share].append(middle - start)
-          seconds['gradient', share].append(end - middle)
-    for part in ('score', 'gradient'):
-      whole, shared = np.asarray(seconds[part, False]), np.asarray(seconds[part, True])
-      ratio = whole / shared
-      lines.append(
-        f'| {prompt} + {new} | {part} | {np.median(whole):.2f} | {np.median(shared):.2f} '
-        f'| {np.median(ratio):.2f} ({ratio.min():.2f}, {ratio.max():.2f}) |'
-      )
-  about = f'{DTYPE.value}, {REPEATS.value} turns, {SAMPLES} samples of a prompt; seconds.\n\n'
-  (HERE / 'shared_prompts.md').write_text(about + '\n'.join(lines) + '\n')
+  lines = [
+    f'{processor.name()}; {REPEATS.value} turns, {SAMPLES} samples of a prompt; seconds.\n',
+    '| | prompt + completion | | whole | shared | times as fast |',
+    '|---' * 6 + '|',
+  ]
+  for dtype in DTYPES.value:
+    student, params = make_learner(dtype)
+    for prompt, new, groups in SHAPES:
+      seconds = measure(student, params, prompt, new, groups)
+      for part in ('score', 'gradient'):
+        whole, shared = seconds[part, False], seconds[part, True]
+        ratio = whole / shared
+        times = f'{np.median(whole):.2f} | {np.median(shared):.2f}'
+        faster = f'{np.median(ratio):.2f} ({ratio.min():.2f}, {ratio.max():.2f})'
+        lines.append(f'| {dtype} | {prompt} + {new} | {part} | {times} | {faster} |')
+      logging.info(lines[-1])
+  (HERE / 'shared_prompts.md').write_text('\n'.join(lines) + '\n')
   print('\n'.join(lines))
 
 
