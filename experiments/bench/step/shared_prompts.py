@@ -3,8 +3,8 @@
   python experiments/bench/step/shared_prompts.py
   python experiments/bench/step/shared_prompts.py --dtypes=float32
 
-SmolLM2-135M's shapes with random weights, groups of eight completions of one length. A row holds
-one group, or without sharing one sequence. Both forms take turns; writes the table
+SmolLM2-135M's shapes with random weights, a group of eight completions of one length. Without
+sharing a row holds one of them. Both forms take turns; writes the table
 shared_prompts.md beside this file, and prints it: seconds, medians over the turns, and how many
 times as fast sharing is, the median and the extremes of the turns.
 """
@@ -26,7 +26,8 @@ from reasonrl.models import decoder
 
 DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'Of products.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.', lower_bound=1)
-SHAPES = ((64, 64, 2), (256, 64, 1), (64, 256, 1))  # prompt, completion, groups
+# prompt, completion, completions in a row that share it
+SHAPES = ((64, 64, 8), (256, 64, 8), (64, 256, 2), (64, 256, 8))
 SAMPLES = 8
 HERE = pathlib.Path(__file__).parent
 
@@ -53,22 +54,21 @@ def make_learner(dtype: str):
   return student, params
 
 
-def make_sequences(vocab: int, prompt: int, new: int, groups: int) -> list[types.Sequence]:
+def make_group(vocab: int, prompt: int, new: int) -> list[types.Sequence]:
   rng, out = np.random.default_rng(0), []
-  for _ in range(groups):
-    shared = rng.integers(1, vocab, prompt)
-    for _ in range(SAMPLES):
-      tokens = np.concatenate([shared, rng.integers(1, vocab, new)]).astype(np.int32)
-      aux = {name: np.float32(rng.normal(size=new)) for name in ('adv', 'ref_logp', 'sampler_logp')}
-      aux |= {'weight': np.ones(new, np.float32)}
-      out.append(types.Sequence(tokens, np.arange(prompt, prompt + new), aux))
+  shared = rng.integers(1, vocab, prompt)
+  for _ in range(SAMPLES):
+    tokens = np.concatenate([shared, rng.integers(1, vocab, new)]).astype(np.int32)
+    aux = {name: np.float32(rng.normal(size=new)) for name in ('adv', 'ref_logp', 'sampler_logp')}
+    aux |= {'weight': np.ones(new, np.float32)}
+    out.append(types.Sequence(tokens, np.arange(prompt, prompt + new), aux))
   return out
 
 
-def measure(student, params, prompt: int, new: int, groups: int):
+def measure(student, params, prompt: int, new: int, together: int):
   """{(part, whether it is shared): seconds of every turn}."""
-  seqs = make_sequences(student.model.vocab_size, prompt, new, groups)
-  shapes = {False: (prompt + new, SAMPLES), True: (prompt + SAMPLES * new, groups)}
+  seqs = make_group(student.model.vocab_size, prompt, new)
+  shapes = {False: (prompt + new, SAMPLES), True: (prompt + together * new, SAMPLES // together)}
   batches = {share: packing.pack(seqs, *shape, share)[0] for share, shape in shapes.items()}
   placed = {share: [sharding.put_rows(b, student.mesh) for b in batches[share]] for share in shapes}
   seconds = {(part, share): [] for part in ('score', 'gradient') for share in shapes}
@@ -88,20 +88,21 @@ def measure(student, params, prompt: int, new: int, groups: int):
 def main(_) -> None:
   lines = [
     f'{processor.name()}; {REPEATS.value} turns, {SAMPLES} samples of a prompt; seconds.\n',
-    '| | prompt + completion | | whole | shared | times as fast |',
-    '|---' * 6 + '|',
+    '| | prompt + completion | in a row | | whole | shared | times as fast |',
+    '|---' * 7 + '|',
   ]
   for dtype in DTYPES.value:
     student, params = make_learner(dtype)
-    for prompt, new, groups in SHAPES:
-      seconds = measure(student, params, prompt, new, groups)
+    for prompt, new, together in SHAPES:
+      seconds = measure(student, params, prompt, new, together)
       for part in ('score', 'gradient'):
         whole, shared = seconds[part, False], seconds[part, True]
         ratio = whole / shared
         times = f'{np.median(whole):.2f} | {np.median(shared):.2f}'
         faster = f'{np.median(ratio):.2f} ({ratio.min():.2f}, {ratio.max():.2f})'
-        lines.append(f'| {dtype} | {prompt} + {new} | {part} | {times} | {faster} |')
-      logging.info(lines[-1])
+        shape = f'{prompt} + {new} | {together}'
+        lines.append(f'| {dtype} | {shape} | {part} | {times} | {faster} |')
+        logging.info(lines[-1])
   (HERE / 'shared_prompts.md').write_text('\n'.join(lines) + '\n')
   print('\n'.join(lines))
 
