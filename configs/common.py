@@ -527,8 +527,9 @@ def reinforce(preset: str, learning_rate: float) -> ConfigDict:
       # of the next-token loss of the step's solutions or texts beside it; RLP, R1: 0
       'ntp_coef': 0.0,
       'shuffle_rewards': False,  # a control: rewards of a step go to random rollouts of it
-      # At least prompt.max_length + max_completion_length; room for more samples of a prompt, which
-      # lies in a row once, saves work where completions are short.
+      # At least prompt.max_length + max_completion_length. With room for more samples of a prompt,
+      # which lies in a row once, work is saved where completions are not longer than the prompt;
+      # on a CPU every token is multiplied with all keys of its row.
       'row_length': 128,
       'rows_per_batch': 8,
       'eval_every': 20,
