@@ -69,7 +69,8 @@ def table(result: dict) -> str:
       last = f'{np.median(best / step[side]):.1f}' if side.startswith('ours') else ''
       lines.append(f'| {side} | {prompts} x {samples} | ' + ' | '.join([*cells, last]) + ' |')
   left = f'\nLeft out: {"; ".join(result["left_out"])}.\n' if result['left_out'] else ''
-  return f'{result["processor"]}; {REPEATS.value} turns.\n\n' + '\n'.join(lines) + '\n' + left
+  about = f'{result["processor"]}; {result["turns"]} turns.\n\n'
+  return about + '\n'.join(lines) + '\n' + left
 
 
 def main(_) -> None:
@@ -78,7 +79,7 @@ def main(_) -> None:
   smollm2.write(folder)
   rows = [{'problem': text, 'answer': ''} for text in smollm2.texts(24, 64)]
   (folder / 'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  result = {'processor': processor.name(), 'seconds': {}, 'left_out': []}
+  result = {'processor': processor.name(), 'turns': 0, 'seconds': {}, 'left_out': []}
   dtypes = ('bfloat16', 'float32') if HALF.value else ('float32',)
   for turn in range(REPEATS.value):
     for peer, (environment, script, prompts, samples) in PEER.items():
@@ -93,6 +94,8 @@ def main(_) -> None:
         steps = run(*call)
         result['seconds'].setdefault(peer, {}).setdefault(side, []).append(steps)
         logging.info('%s x %s, %s: %s', prompts, samples, side, steps)
+    result['turns'] = turn + 1
+    if result['seconds']:
       (HERE / 'against_peers.json').write_text(json.dumps(result, indent=1) + '\n')
       (HERE / 'against_peers.md').write_text(table(result))
   print(table(result))

@@ -4,9 +4,9 @@
   python experiments/bench/step/shared_prompts.py --dtypes=float32
 
 SmolLM2-135M's shapes with random weights, a group of eight completions of one length. Without
-sharing a row holds one of them. Both forms take turns; writes the table
-shared_prompts.md beside this file, and prints it: seconds, medians over the turns, and how many
-times as fast sharing is, the median and the extremes of the turns.
+sharing a row holds one of them. Both forms take turns; writes the table shared_prompts.md beside
+this file, and prints it: seconds, medians over the turns, and how many times as fast sharing is,
+the median and the extremes of the turns.
 """
 
 import dataclasses
