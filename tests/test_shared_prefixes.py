@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reasonrl import learner, packing, sharding, types
+from reasonrl import learner, packing, sharding, tooling, types
 from reasonrl.kernels import self_attention
 
 PROMPTS = (3, 1, 5)  # their lengths
@@ -61,6 +62,29 @@ def test_a_group_that_does_not_fit_one_row_repeats_its_prompt():
   seqs = [sequence([7, 8, 9, n, n], 3) for n in range(3)]
   (batch,), _ = packing.pack(seqs, 7, 2, share=True)
   assert batch.tokens_BT.tolist() == [[7, 8, 9, 0, 0, 1, 1], [7, 8, 9, 2, 2, 0, 0]]
+
+
+def test_sharing_takes_no_more_rows():
+  """Group by group these six sequences take four rows of ten tokens, the longest first three."""
+  lengths = ((2, 3), (2, 1), (1, 1), (1, 4), (1, 5), (1, 5))  # of prompt and completion
+  seqs = [sequence([1 + i // 2] * p + [9] * c, p) for i, (p, c) in enumerate(lengths)]
+  (batch,), _ = packing.pack(seqs, 10, 4, share=True)
+  assert (batch.segments_BT > 0).any(1).sum() == 3
+
+
+@pytest.mark.parametrize(
+  'platform, dtype, shared',
+  [('cpu', 'bfloat16', True), ('tpu', 'float32', True), ('tpu', 'bfloat16', False)],
+)
+def test_runs_share_where_attention_can(platform, dtype, shared):
+  device = SimpleNamespace(platform=platform)
+  student = SimpleNamespace(
+    mesh=SimpleNamespace(devices=np.array([device])),
+    model=SimpleNamespace(compute_dtype=dtype),
+  )
+  (batch,), _ = tooling.pack(student, 8, 1, [sequence([7, 8, 1], 2), sequence([7, 8, 2], 2)])
+  assert (batch.prefixes_BT is not None) == shared
+  assert (batch.segments_BT > 0).sum() == (4 if shared else 6)
 
 
 @settings(max_examples=40, deadline=None)
