@@ -46,13 +46,13 @@ PURPOSES = {
 PREFILL = 8192  # tokens: enough for every back end's products, whose results take memory
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _row_keys(seed, folds):
+@jax.jit
+def _row_keys(key, folds):
   def one(*parts):
-    key = jax.random.key(seed, impl='threefry2x32')
+    folded = jax.random.wrap_key_data(key, impl='threefry2x32')
     for part in parts:
-      key = jax.random.fold_in(key, part)
-    return jax.random.key_data(key)
+      folded = jax.random.fold_in(folded, part)
+    return jax.random.key_data(folded)
 
   return jax.vmap(one)(*folds)
 
@@ -65,7 +65,8 @@ def row_keys(seed, purpose, phase, iteration, step, prompt_R, sample_R, thread_R
   """
   fixed = (PURPOSES[purpose], phase, iteration, step)
   folds = np.broadcast_arrays(*fixed, prompt_R, sample_R, thread_R)
-  return np.asarray(_row_keys(seed, tuple(np.asarray(f, np.uint32) for f in folds)))
+  key = jax.random.key_data(jax.random.key(seed, impl='threefry2x32'))
+  return np.asarray(_row_keys(key, tuple(np.asarray(f, np.uint32) for f in folds)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Sampler:
     params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
     if self.mesh.shape['tensor'] == 1:
       params = self.model.fused(params)
+    if self.mesh.size == 1:  # without the constraint what stays as it is is not copied
+      return params
     shardings = sharding.param_shardings(params, self.model.decode_sharding_rules, self.mesh)
     return jax.lax.with_sharding_constraint(params, shardings)
 

@@ -16,13 +16,14 @@ Writes against_peers.json and the table against_peers.md beside this file.
 
   tok/s     new tokens per second, prompts and all: the median, and the ratio of ours to it in the
             same turn
-  roofline  time in which the machine could do it over the time it took. A step reads the weights
-            and the caches, and multiplies each row with the weights: bytes at the bandwidth or
-            products at the rate, whichever takes longer, both as measured before the first turn
+  roofline  time in which the machine could do it over the time it took, a median. A step reads the
+            weights and the caches, and multiplies each row with the weights: bytes at the bandwidth
+            or products at the rate, whichever takes longer, both as measured before the same turn
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -100,9 +101,19 @@ class Engine:
     return json.loads(line)
 
 
+@functools.cache
+def _operands():
+  """Four arrays of 256 MiB, and two matrices by dtype."""
+  matrices = {d: (jnp.ones((2048, 2048), d),) * 2 for d in ('float32', 'bfloat16')}
+  return [np.ones(64 * 2**20, np.float32) for _ in range(4)], matrices
+
+
+_product = jax.jit(lambda a, b: jnp.einsum('mk,nk->mn', a, b))
+
+
 def machine() -> dict[str, float]:
   """Bytes per second that both cores read, and operations per second of their products."""
-  x = [np.ones(64 * 2**20, np.float32) for _ in range(4)]  # 256 MiB each
+  x, matrices = _operands()
   read = lambda i: np.dot(x[2 * i], x[2 * i + 1])
 
   def both():
@@ -115,14 +126,12 @@ def machine() -> dict[str, float]:
     return time.perf_counter() - start
 
   found = {'bandwidth': sum(a.nbytes for a in x) / min(both() for _ in range(5))}
-  for dtype in ('float32', 'bfloat16'):
-    a, b = jnp.ones((2048, 2048), dtype), jnp.ones((2048, 2048), dtype)
-    product = jax.jit(lambda a, b: jnp.einsum('mk,nk->mn', a, b))
-    product(a, b).block_until_ready()
+  for dtype, (a, b) in matrices.items():
+    _product(a, b).block_until_ready()
     times = []
     for _ in range(5):
       start = time.perf_counter()
-      product(a, b).block_until_ready()
+      _product(a, b).block_until_ready()
       times.append(time.perf_counter() - start)
     found[dtype] = 2 * 2048**3 / min(times)
   found['bfloat16'] = max(found['bfloat16'], found['float32'])  # some XLA convert instead
@@ -169,6 +178,7 @@ def agree(engines: list[Engine], prompts) -> dict[str, float]:
 
 def table(result: dict) -> str:
   times, rates = result['seconds'], result['machine']
+  rates = {name: np.median([rate[name] for rate in rates]) for name in rates[0]}
   shapes = list(next(iter(times.values())))
   lines = ['| | ' + ' | '.join(f'{shape} tok/s' for shape in shapes) + ' |']
   lines.append('|' + '---|' * (1 + len(shapes)))
@@ -178,7 +188,7 @@ def table(result: dict) -> str:
     for shape in shapes:
       rows, new = map(int, shape.split(' x '))
       seconds = np.asarray(by_shape[shape])
-      share = result['floor'][name][shape] / np.median(seconds)
+      share = np.median(np.asarray(result['floor'][name][shape]) / seconds)
       cell = f'{rows * new / np.median(seconds):.0f} ({share:.0%}'
       if not name.startswith('ours'):
         ratios = [np.median(seconds / np.asarray(our[shape])) for our in ours]
@@ -202,7 +212,7 @@ def table(result: dict) -> str:
 def main(_) -> None:
   folder = pathlib.Path(WORKDIR.value).absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  model, prompts, rates = smollm2.write(folder), smollm2.pieces(8, PROMPT), machine()
+  model, prompts = smollm2.write(folder), smollm2.pieces(8, PROMPT)
   engines, left_out = [], []
   for name in ENGINES:
     if 'bfloat16' in name and not HALF.value:
@@ -211,7 +221,7 @@ def main(_) -> None:
       engines.append(Engine(name, folder))
     except FileNotFoundError as error:
       left_out.append(f'{name} ({error})')
-  result = {'processor': processor.name(), 'repeats': REPEATS.value, 'machine': rates}
+  result = {'processor': processor.name(), 'repeats': REPEATS.value, 'machine': []}
   result['left_out'] = left_out
   result['equal'] = agree(engines, prompts)
   logging.info('equal greedy tokens: %s', result['equal'])
@@ -221,16 +231,20 @@ def main(_) -> None:
     for new in map(int, NEW.value):
       shape, samples = f'{rows} x {new}', min(rows, SAMPLES)
       for turn in range(REPEATS.value + 1):
+        rates = machine()
+        if turn:
+          result['machine'].append({name: float(f'{rate:.3g}') for name, rate in rates.items()})
         for engine in engines:
           asked = {'prompts': prompts[: rows // samples], 'samples': samples}
           answer = engine(**asked, new=new, temperature=1, seed=turn)
           tokens = np.asarray(answer['tokens'])
           assert tokens.shape == (rows, new), f'{engine.name}: {tokens.shape}, not {shape}'
           if turn:
-            result['seconds'][engine.name].setdefault(shape, []).append(round(answer['seconds'], 3))
+            dtype = 'float32' if 'float32' in engine.name else 'bfloat16'
+            least = floor(model, rows, new, dtype, rates)
+            for kind, seconds in (('seconds', answer['seconds']), ('floor', least)):
+              result[kind][engine.name].setdefault(shape, []).append(round(seconds, 3))
       for engine in engines:
-        dtype = 'float32' if 'float32' in engine.name else 'bfloat16'
-        result['floor'][engine.name][shape] = floor(model, rows, new, dtype, rates)
         spent = result['seconds'][engine.name][shape]
         logging.info('%s, %s: %s s', shape, engine.name, spent)
       (HERE / 'against_peers.json').write_text(json.dumps(result, indent=1) + '\n')
