@@ -1,4 +1,4 @@
-"""What a benchmark says of the processor that it ran on."""
+"""The processor of a benchmark: what is said of it, and what a measured process gets of it."""
 
 import os
 import pathlib
@@ -17,3 +17,9 @@ def name() -> str:
   best = next((x for x in VECTORS if x in flags), '')
   parts = fields.get('model name', ''), f'{os.cpu_count()} cores', best
   return ', '.join(part for part in parts if part)
+
+
+def environment() -> dict[str, str]:
+  """Variables of a process that is measured: every core for its products, memory in large pages."""
+  kept = {name: value for name, value in os.environ.items() if not name.startswith('OPENBLAS')}
+  return kept | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}

@@ -8,7 +8,7 @@ over the s <= t of t's segment, and of the one that it continues, at most window
           and a backward kernel. Rows are padded to its blocks. No segment continues another.
   cudnn   GPU: cuDNN's flash attention through JAX; bfloat16, no softcap. JAX gives it segments as
           an added mask [B, 1, T, T]. It cannot be compiled without a GPU, and was not yet run.
-  xla     everywhere: `attention`, which holds the weights [B, H, T, T].
+  xla     everywhere: `attention`, which holds the weights of the keys up to the end of a block.
 
 Decoding against a cache is `attention` on every platform: one query per row reads the cache once.
 """
@@ -27,6 +27,7 @@ from reasonrl.kernels import attention
 
 LANES = 128
 BLOCK = 512  # tokens per block of queries and keys, where the row is that long
+BLOCKS = 4  # of queries, at most, without such a kernel: each one is compiled
 INTERPRET = False  # True: run splash attention without a TPU
 CUDNN = 'cudnn'  # how JAX is asked for it; 'xla' computes the same without a GPU
 
@@ -77,8 +78,15 @@ def self_attention(q_BHTC, k_BKTC, v_BKTC, packed: Packed, window, scale, softca
 
 
 def _xla(q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap):
-  see_BTT = visible(packed, window)
-  return attention.attention(q_BHTC, k_BKTC, v_BKTC, see_BTT, scale, softcap)
+  """Blocks of queries, each with the keys up to its end: four take 5/8 of the work of one."""
+  see_BTT, T = visible(packed, window), q_BHTC.shape[2]
+  size = max(LANES, 16 * -(-T // (16 * BLOCKS)))
+  out = []
+  for start in range(0, T, size):
+    end = min(start + size, T)
+    keys = k_BKTC[:, :, :end], v_BKTC[:, :, :end], see_BTT[:, start:end, :end]
+    out.append(attention.attention(q_BHTC[:, :, start:end], *keys, scale, softcap))
+  return jnp.concatenate(out, axis=2)
 
 
 def _splash(q_BHTC, k_BKTC, v_BKTC, packed, window, scale, softcap):
@@ -164,4 +172,5 @@ def cases():
     ('packed, grouped, ragged', 2, 4, 2, 150, 64, (40, 70, 21), None, None),
     ('window', 1, 2, 1, 141, 64, (100, 40), 9, None),
     ('softcap, narrow head', 1, 2, 1, 130, 24, (60, 50), None, 5.0),
+    ('four blocks', 1, 2, 1, 530, 16, (300, 150, 60), None, None),
   ]

@@ -6,7 +6,8 @@
   python experiments/bench/sampler/against_peers.py
 
 Engines whose environment is not there are left out, and the table says so. Every engine is a
-process of its own that keeps its weights loaded; all have the same ones, all may use both cores.
+process of its own that keeps its weights loaded; all have the same ones, all may use both cores
+and get large pages of memory.
 First every engine continues eight texts greedily: in float32 all must agree on every token, in
 bfloat16 on the first eight of 32 in the mean. Then, for every shape, the engines take turns: 64
 tokens of prompt, 64 or 256 new ones at temperature 1 without truncation; 8 samples of each prompt,
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -83,10 +83,14 @@ class Engine:
       raise FileNotFoundError(f'no {python}')
     command = [str(python), HERE / 'engines' / script, folder, *args]
     log = open(folder / f'{name}.log', 'w')  # noqa: SIM115, as long as the process
-    env = {k: v for k, v in os.environ.items() if not k.startswith('OPENBLAS')}
     self.name, self.log = name, log.name
     self.process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=log,
+      text=True,
+      env=processor.environment(),
     )
     self._answer()
 

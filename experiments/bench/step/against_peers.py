@@ -7,8 +7,8 @@
 Prompts of 64 tokens, completions of 64, temperature 1, KL against a reference with beta .04, AdamW,
 one update per step. Beside TRL: 8 prompts with 8 completions each. Beside tunix, which needs more
 memory: 2 with 4. All in both dtypes; in bfloat16 the peers' weights are bfloat16 too, of ours only
-the products. The engines take turns, each in a process of its own; the first step of a turn, which
-compiles, is left out.
+the products. The engines take turns, each in a process of its own with large pages of memory; the
+first step of a turn, which compiles, is left out.
 
 Writes against_peers.json and the table against_peers.md beside this file: median seconds of a step
 and its parts, and how many times as fast ours is as the faster form of the peer, the median over
@@ -18,7 +18,6 @@ the turns.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -46,8 +45,7 @@ PARTS = ('sample', 'score', 'update', 'step')
 def run(python: str, script: str, folder: pathlib.Path, *args) -> list[dict[str, float]]:
   """Seconds of the parts of every step but the first."""
   command = [python, HERE / 'engines' / script, folder, *map(str, args)]
-  env = {k: v for k, v in os.environ.items() if not k.startswith('OPENBLAS')}
-  done = subprocess.run(command, capture_output=True, text=True, env=env)
+  done = subprocess.run(command, capture_output=True, text=True, env=processor.environment())
   if done.returncode:
     raise RuntimeError(f'{script} ended with {done.returncode}:\n{done.stderr[-3000:]}')
   lines = [line for line in done.stdout.splitlines() if line.startswith('STEP ')]
