@@ -404,7 +404,7 @@ ADVERSARIAL = {
 
 @every
 @pytest.mark.parametrize('attack', ADVERSARIAL)
-def test_no_string_takes_a_reward_50_ms(name, attack):
+def test_no_string_takes_a_reward_long(name, attack):
   text = ADVERSARIAL[attack]
   variants = [make(name)]
   if name == 'accuracy':
@@ -418,7 +418,7 @@ def test_no_string_takes_a_reward_50_ms(name, attack):
       start = time.thread_time()
       reward(example(name=name), sampled)
       times.append(time.thread_time() - start)
-    assert min(times) < 0.05
+    assert min(times) < 0.2  # of a slow core; more than linear takes seconds
 
 
 @every
