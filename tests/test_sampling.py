@@ -170,6 +170,13 @@ PINNED_KEYS = [
 PINNED_UNIFORMS = [0.4664444923400879, 0.14705240726470947, 0.31168270111083984, 0.4972153902053833]
 
 
+def test_another_seed_compiles_nothing():
+  sampling.row_keys(0, 'train', 0, 0, 0, 0, np.arange(2), 0)
+  before = sampling._row_keys._cache_size()
+  sampling.row_keys(123, 'train', 0, 0, 0, 0, np.arange(2), 0)
+  assert sampling._row_keys._cache_size() == before
+
+
 def test_row_keys_never_change():
   """Other values mean that every seeded result of the past is lost."""
   assert sampling.PURPOSES['train'] == 0 and sampling.PURPOSES['eval'] == 1

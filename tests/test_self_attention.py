@@ -104,6 +104,18 @@ def test_segments_that_continue_another_are_as_if_it_were_theirs(backend, dtype,
     assert gap < (1e-5 if dtype == 'float32' else 0.02)
 
 
+def test_blocks_spare_three_eighths_of_the_work(monkeypatch):
+  q, k, v, packed, *rest = make(kernel.cases()[-1])
+
+  def operations():
+    attend = lambda q, k, v: kernel.self_attention(q, k, v, packed, *rest, 'xla')
+    return jax.jit(attend).lower(q, k, v).cost_analysis()['flops']
+
+  four = operations()
+  monkeypatch.setattr(kernel, 'BLOCKS', 1)
+  assert four < 0.7 * operations()
+
+
 def test_splash_refuses_segments_that_continue_another():
   with pytest.raises(ValueError, match="'splash' has no segment that continues another; xla has"):
     on('splash')(*continued(make(kernel.cases()[1])))

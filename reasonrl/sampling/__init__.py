@@ -109,8 +109,6 @@ class Sampler:
     params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
     if self.mesh.shape['tensor'] == 1:
       params = self.model.fused(params)
-    if self.mesh.size == 1:  # without the constraint what stays as it is is not copied
-      return params
     shardings = sharding.param_shardings(params, self.model.decode_sharding_rules, self.mesh)
     return jax.lax.with_sharding_constraint(params, shardings)
 
