@@ -17,28 +17,22 @@ Writes against_peers.json and the table against_peers.md beside this file.
 
   tok/s     new tokens per second, prompts and all: the median, and the ratio of ours to it in the
             same turn
-  roofline  time in which the machine could do it over the time it took, a median. A step reads the
-            weights and the caches, and multiplies each row with the weights: bytes at the bandwidth
-            or products at the rate, whichever takes longer, both as measured before the same turn
+  roofline  time in which the machine could do it, at the rates measured before the same turn, over
+            the time it took, a median: see roofline.py
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 import subprocess
 import sys
-import threading
-import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import roofline
 from absl import app, flags, logging
 
 from reasonrl.experiments import processor, smollm2
-from reasonrl.models import decoder
 
 HERE = pathlib.Path(__file__).parent
 WORKDIR = flags.DEFINE_string('workdir', 'runs/bench_sampler', 'Where the weights are written.')
@@ -103,63 +97,6 @@ class Engine:
     if not line:
       raise RuntimeError(f'{self.name} ended with {self.process.wait()}: see {self.log}')
     return json.loads(line)
-
-
-@functools.cache
-def _operands():
-  """Four arrays of 256 MiB, and two matrices by dtype."""
-  matrices = {d: (jnp.ones((2048, 2048), d),) * 2 for d in ('float32', 'bfloat16')}
-  return [np.ones(64 * 2**20, np.float32) for _ in range(4)], matrices
-
-
-_product = jax.jit(lambda a, b: jnp.einsum('mk,nk->mn', a, b))
-
-
-def machine() -> dict[str, float]:
-  """Bytes per second that both cores read, and operations per second of their products."""
-  x, matrices = _operands()
-  read = lambda i: np.dot(x[2 * i], x[2 * i + 1])
-
-  def both():
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(2)]
-    start = time.perf_counter()
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join()
-    return time.perf_counter() - start
-
-  found = {'bandwidth': sum(a.nbytes for a in x) / min(both() for _ in range(5))}
-  for dtype, (a, b) in matrices.items():
-    _product(a, b).block_until_ready()
-    times = []
-    for _ in range(5):
-      start = time.perf_counter()
-      _product(a, b).block_until_ready()
-      times.append(time.perf_counter() - start)
-    found[dtype] = 2 * 2048**3 / min(times)
-  found['bfloat16'] = max(found['bfloat16'], found['float32'])  # some XLA convert instead
-  return found
-
-
-def floor(model: decoder.Decoder, rows: int, new: int, dtype: str, rates: dict) -> float:
-  """Seconds that the machine needs: see the top. Of a prompt only the last token meets the head."""
-  width = jnp.dtype(dtype).itemsize
-  layers = model.num_layers * (
-    model.width * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-    + 3 * model.width * model.mlp_width
-  )
-  weights = layers + model.vocab_size * model.width
-  prompts = max(1, rows // SAMPLES)
-  head = weights - layers
-  seconds = 2 * (layers * PROMPT + head) * prompts / rates[dtype]
-  token = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values
-  for step in range(1, new):
-    cached = token * (prompts * PROMPT + rows * step)
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim * rows * (PROMPT + step)
-    read = width * (weights + cached) / rates['bandwidth']
-    seconds += max(read, (2 * weights * rows + attention) / rates[dtype])
-  return seconds
 
 
 def agree(engines: list[Engine], prompts) -> dict[str, float]:
@@ -235,7 +172,7 @@ def main(_) -> None:
     for new in map(int, NEW.value):
       shape, samples = f'{rows} x {new}', min(rows, SAMPLES)
       for turn in range(REPEATS.value + 1):
-        rates = machine()
+        rates = roofline.rates()
         if turn:
           result['machine'].append({name: float(f'{rate:.3g}') for name, rate in rates.items()})
         for engine in engines:
@@ -245,7 +182,7 @@ def main(_) -> None:
           assert tokens.shape == (rows, new), f'{engine.name}: {tokens.shape}, not {shape}'
           if turn:
             dtype = 'float32' if 'float32' in engine.name else 'bfloat16'
-            least = floor(model, rows, new, dtype, rates)
+            least = roofline.floor(model, rows // samples, PROMPT, rows, new, dtype, rates)
             for kind, seconds in (('seconds', answer['seconds']), ('floor', least)):
               result[kind][engine.name].setdefault(shape, []).append(round(seconds, 3))
       for engine in engines:
