@@ -14,7 +14,10 @@ The queries of all rows that share a cache fold into its one product, so it is r
 them. A cache may hold int8 values with a scale for each token and head: scores and weights are
 multiplied by the scales, the values enter the products in the dtype of the queries.
 
-For inference: there is no gradient. A query that sees no slot gets 0.
+For inference: there is no gradient. A query that sees no slot gets 0. The back ends are
+
+  xla     everywhere
+  triton  GPU: each of the two caches by one kernel, see `decode_attention_gpu`
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from reasonrl.kernels import decode_attention_gpu
 from reasonrl.kernels.attention import MASKED, dot
+
+BACKENDS = ('xla', 'triton')
 
 
 class Stored(NamedTuple):
@@ -43,8 +49,9 @@ def quantize(x_BKTC) -> Stored:
 
 
 def decode_attention(
-  q_BHTC, k_BKTC, v_BKTC, own, shared, visible_BTT, visible_BTS, visible_BTP, scale, softcap
-):
+  q_BHTC, k_BKTC, v_BKTC, own, shared, visible_BTT, visible_BTS, visible_BTP, scale, softcap,
+  backend: str,
+):  # fmt: skip
   """Attention over what is visible of all three.
 
   Args:
@@ -55,27 +62,36 @@ def decode_attention(
     visible_BTT: bool, query t of row b may look at token t.
     visible_BTS, visible_BTP: bool, or at slot s of `own`, p of `shared` (None without).
     scale, softcap: as in `attention`.
+    backend: of BACKENDS.
 
   Returns:
     [B, H, T, C] in q's dtype.
+
+  Raises:
+    ValueError: the back end is unknown, or shapes do not fit.
   """
   B, H, T, C = q_BHTC.shape
   K = own[0].values_BKSC.shape[1]
   if H % K or own[0].values_BKSC.shape[0] != B:
     raise ValueError(f'decode_attention: q {q_BHTC.shape}, keys {own[0].values_BKSC.shape}')
-  q_BKGTC = q_BHTC.reshape(B, K, H // K, T, C)
-  new = Stored(k_BKTC, None), Stored(v_BKTC, None)
-  parts = [
-    _part(q_BKGTC, *new, visible_BTT[:, None, None], scale, softcap),
-    _part(q_BKGTC, *own, visible_BTS[:, None, None], scale, softcap),
-  ]
+  if backend not in BACKENDS:
+    raise ValueError(f'decode_attention: backend={backend!r} is not one of {", ".join(BACKENDS)}')
+  part, parts = (_part_gpu if backend == 'triton' else _part), []
+  form, beside = (scale, softcap), None
+  # [Q, K, W, G, T, C]: rows that share a cache, W, behind the heads.
+  q_BK1GTC = q_BHTC.reshape(B, K, 1, H // K, T, C)
+  if backend == 'triton' and T == 1:  # as a part of the row's own
+    beside = k_BKTC[:, :, 0], v_BKTC[:, :, 0], visible_BTT[:, 0, 0]
+  else:
+    new = Stored(k_BKTC, None), Stored(v_BKTC, None)
+    parts.append(_part(q_BK1GTC, *new, visible_BTT[:, None], None, *form))
+  parts.append(part(q_BK1GTC, *own, visible_BTS[:, None], beside, *form))
   if shared is not None:
     Q = shared[0].values_BKSC.shape[0]
-    fold = lambda x: x.reshape(Q, B // Q, *x.shape[1:]).swapaxes(1, 2)
-    unfold = lambda x: x.swapaxes(1, 2).reshape(B, *x.shape[1:2], *x.shape[3:])
-    see = visible_BTP.reshape(Q, 1, B // Q, 1, T, -1)
-    part = _part(fold(q_BKGTC), *shared, see, scale, softcap)
-    parts.append(tuple(unfold(x) for x in part))
+    q_QKWGTC = q_BK1GTC.reshape(Q, B // Q, K, H // K, T, C).swapaxes(1, 2)
+    see_QWTP = visible_BTP.reshape(Q, B // Q, T, -1)
+    unfold = lambda x: x.swapaxes(1, 2).reshape(B, K, 1, *x.shape[3:])
+    parts.append(tuple(map(unfold, part(q_QKWGTC, *shared, see_QWTP, None, *form))))
   top = parts[0][0]
   for part in parts[1:]:
     top = jnp.maximum(top, part[0])
@@ -85,27 +101,37 @@ def decode_attention(
   return (out / jnp.where(total > 0, total, 1.0)).astype(q_BHTC.dtype).reshape(q_BHTC.shape)
 
 
-def _part(q, keys: Stored, values: Stored, visible, scale, softcap):
-  """m, t [B, K, ..., 1] and o [B, K, ..., C], float32, of q [B, K, ..., C] against one cache.
+def _part(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, beside, scale, softcap):
+  """m, t [Q, K, W, G, T, 1] and o [Q, K, W, G, T, C], float32, of one cache.
 
-  `visible` [B, 1, ..., S] fits the scores [B, K, ..., S].
+  beside: None here; see `decode_attention_gpu.part`.
   """
-  B, K, *lead, C = q.shape
-  # Queries, heads and rows fold into the rows of one product per (b, k).
-  x = dot(q.reshape(B, K, -1, C), keys.values_BKSC.astype(q.dtype), 3, 3) * scale
+  Q, K, *lead, C = q_QKWGTC.shape
+  see = see_QWTS[:, None, :, None]
+  # Rows, heads and tokens fold into the rows of one product per (q, k).
+  q = q_QKWGTC.reshape(Q, K, -1, C)
+  x = dot(q, keys.values_BKSC.astype(q.dtype), 3, 3) * scale
   if keys.scale_BK1S is not None:
     x = x * keys.scale_BK1S
   if softcap is not None:
     x = softcap * jnp.tanh(x / softcap)
-  x = jnp.where(visible, x.reshape(B, K, *lead, -1), MASKED)
+  x = jnp.where(see, x.reshape(Q, K, *lead, -1), MASKED)
   m = jnp.max(x, axis=-1, keepdims=True)
-  weights = jnp.where(visible, jnp.exp(x - m), 0.0)
+  weights = jnp.where(see, jnp.exp(x - m), 0.0)
   t = jnp.sum(weights, axis=-1, keepdims=True)
-  weights = weights.reshape(B, K, -1, weights.shape[-1])
+  weights = weights.reshape(Q, K, -1, weights.shape[-1])
   if values.scale_BK1S is not None:
     weights = weights * values.scale_BK1S
   o = dot(weights.astype(q.dtype), values.values_BKSC.astype(q.dtype), 3, 2)
-  return m, t, o.reshape(B, K, *lead, C)
+  return m, t, o.reshape(Q, K, *lead, C)
+
+
+def _part_gpu(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, beside, scale, softcap):
+  """The same by the kernel, and of a token beside the cache."""
+  Q, K, *lead, C = q_QKWGTC.shape
+  q, see = q_QKWGTC.reshape(Q, K, -1, C), see_QWTS.reshape(Q, -1, see_QWTS.shape[-1])
+  sums = decode_attention_gpu.part(q, keys, values, see, beside, lead[-1], scale, softcap)
+  return tuple(x.reshape(Q, K, *lead, -1) for x in sums)
 
 
 def decode_attention_ref(
@@ -140,4 +166,6 @@ def cases():
     ('shared by all', 4, 1, 6, 3, 2, 5, 7, 8, None),
     ('one row each', 3, 3, 4, 4, 1, 5, 4, 8, None),
     ('softcap', 6, 3, 4, 2, 1, 5, 7, 8, 3.0),
+    ('long', 6, 2, 6, 2, 1, 400, 130, 32, None),
+    ('many rows of several tokens', 20, 1, 4, 1, 3, 40, 70, 16, None),
   ]

@@ -17,14 +17,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from reasonrl import types
 from reasonrl.kernels import decode_attention as decode_attention_kernel
+from reasonrl.kernels import decode_attention_gpu, policy_loss
 from reasonrl.kernels import dense as dense_kernel
-from reasonrl.kernels import policy_loss
 from reasonrl.kernels import self_attention as self_attention_kernel
 from reasonrl.kernels.policy_loss import pallas_tpu
 
 dense = dense_kernel.dense
 Stored = decode_attention_kernel.Stored
-decode_attention = decode_attention_kernel.decode_attention
 Packed = self_attention_kernel.Packed
 quantize = decode_attention_kernel.quantize
 logits = policy_loss.logits
@@ -75,14 +74,33 @@ def self_attention(
   )(q_BHTC, k_BKTC, v_BKTC, packed)
 
 
+def decode_attention(
+  q_BHTC, k_BKTC, v_BKTC, own, shared, visible_BTT, visible_BTS, visible_BTP, scale, softcap,
+  mesh: Mesh | None,
+):  # fmt: skip
+  """See `kernels.decode_attention`. The kernel is for heads that are not split over tensor."""
+  devices = np.array(jax.devices()[:1]) if mesh is None else mesh.devices
+  whole = mesh is None or mesh.shape['tensor'] == 1
+  fits = whole and decode_attention_gpu.supports(q_BHTC.shape[-1])
+  backend = 'triton' if fits and _runs_triton(devices.flat[0]) else 'xla'
+  see = visible_BTT, visible_BTS, visible_BTP
+  return decode_attention_kernel.decode_attention(
+    q_BHTC, k_BKTC, v_BKTC, own, shared, *see, scale, softcap, backend
+  )
+
+
+def _runs_triton(device) -> bool:
+  """From 8.0, Ampere. AMD's capabilities are names."""
+  return bool(re.fullmatch(r'([89]|\d\d)\.\d', getattr(device, 'compute_capability', '')))
+
+
 def attention_backend(device, q_BHTC, softcap) -> str:
   """Of `kernels.self_attention`: the platform's own kernel where it can do this."""
   if q_BHTC.dtype != jnp.bfloat16:  # in float32 the kernels multiply in less
     return 'xla'
   if device.platform == 'tpu':
     return 'splash'
-  # 8.0: Ampere. AMD's capabilities are names.
-  if re.fullmatch(r'([89]|\d\d)\.\d', getattr(device, 'compute_capability', '')):
+  if _runs_triton(device):
     C = q_BHTC.shape[-1]
     return 'cudnn' if softcap is None and C <= 128 and C % 8 == 0 else 'xla'
   return 'xla'

@@ -1,4 +1,7 @@
-"""Attention against caches: hand numbers, its twin, shared and quantised keys and values."""
+"""Attention against caches: hand numbers, its twin, shared and quantised keys and values.
+
+The GPU kernel runs in interpret mode.
+"""
 
 import functools
 
@@ -8,9 +11,10 @@ import numpy as np
 import pytest
 
 from reasonrl.kernels import decode_attention as kernel
+from reasonrl.kernels import decode_attention_gpu
 from reasonrl.kernels.decode_attention import Stored
 
-attend = jax.jit(kernel.decode_attention, static_argnums=(8, 9))
+attend = jax.jit(kernel.decode_attention, static_argnums=(8, 9, 10))
 twin = jax.jit(kernel.decode_attention_ref, static_argnums=(8, 9))
 
 
@@ -28,14 +32,14 @@ def test_by_hand():
   see_own, see_shared = jnp.asarray([[[True, False]]]), jnp.asarray([[[True, True, False]]])
   see_new = jnp.asarray([[[True]]])
   at = lambda a, b, c: attend(
-    q, *new, own, shared, see_new & a, see_own & b, see_shared & c, 1.0, None
+    q, *new, own, shared, see_new & a, see_own & b, see_shared & c, 1.0, None, 'xla'
   )
   assert at(True, True, True).item() == pytest.approx((8 + 5 * 16 + 8 * 3) / 16, rel=1e-6)
   assert at(False, True, True).item() == pytest.approx((8 + 5 * 16) / 8, rel=1e-6)
   assert at(False, False, True).item() == pytest.approx(8 / 3, rel=1e-6)
   assert at(True, False, False).item() == pytest.approx(3)
   assert at(False, False, False).item() == 0
-  alone = attend(q, *new, own, None, see_new, see_own, None, 1.0, None)
+  alone = attend(q, *new, own, None, see_new, see_own, None, 1.0, None, 'xla')
   assert alone.item() == pytest.approx((5 * 16 + 8 * 3) / 13, rel=1e-6)
 
 
@@ -57,18 +61,35 @@ def case(name, dtype, quantised=False):
   return q, *new, own, shared, *see, C**-0.5, softcap
 
 
+@pytest.mark.parametrize('backend', kernel.BACKENDS)
 @pytest.mark.parametrize('quantised', [False, True])
 @pytest.mark.parametrize('name', [c[0] for c in kernel.cases()])
-def test_equals_its_twin(name, quantised):
+def test_equals_its_twin(name, quantised, backend, monkeypatch):
+  monkeypatch.setattr(decode_attention_gpu, 'INTERPRET', True)
   args = case(name, 'float32', quantised)
-  np.testing.assert_allclose(attend(*args), twin(*args), atol=1e-5)
+  np.testing.assert_allclose(attend(*args, backend), twin(*args), atol=1e-5)
 
 
+@pytest.mark.parametrize('programs', [1, 3, 264])
+def test_programs_that_share_a_cache(programs, monkeypatch):
+  """Slots behind the last that is seen are not read: there, NaN."""
+  monkeypatch.setattr(decode_attention_gpu, 'INTERPRET', True)
+  monkeypatch.setattr(decode_attention_gpu, 'PROGRAMS', programs)
+  q, k, v, own, shared, *see, scale, softcap = case('long', 'float32')
+  see[1] = see[1].at[:, :, 200:].set(False)
+  spoiled = [stored._replace(values_BKSC=stored[0].at[:, :, 256:].set(jnp.nan)) for stored in own]
+  # Not jitted: PROGRAMS is read while the kernel is traced.
+  got = kernel.decode_attention(q, k, v, spoiled, shared, *see, scale, softcap, 'triton')
+  np.testing.assert_allclose(got, twin(q, k, v, own, shared, *see, scale, softcap), atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', kernel.BACKENDS)
 @pytest.mark.parametrize('name', [c[0] for c in kernel.cases()])
-def test_bfloat16_operands_run_here(name):
+def test_bfloat16_operands_run_here(name, backend, monkeypatch):
   """Every product in its canonical form: others fail on a CPU, and only when they run."""
+  monkeypatch.setattr(decode_attention_gpu, 'INTERPRET', True)
   args = case(name, 'bfloat16')
-  got = attend(*args)
+  got = attend(*args, backend)
   assert got.dtype == jnp.bfloat16
   as_float32 = jax.tree.map(
     lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, args[:5]
@@ -87,4 +108,9 @@ def test_quantised_values():
 def test_heads_that_do_not_divide():
   q, *rest = case('own', 'float32')
   with pytest.raises(ValueError, match='decode_attention: q'):
-    attend(q[:, :3], *rest)
+    attend(q[:, :3], *rest, 'xla')
+
+
+def test_an_unknown_back_end():
+  with pytest.raises(ValueError, match="backend='cuda' is not one of xla, triton"):
+    attend(*case('own', 'float32'), 'cuda')

@@ -336,7 +336,9 @@ class Decoder:
       look = lambda q, k, v: ops.self_attention(q, k, v, packed, window, *form, mesh)
       return lambda q, k, v, own, shared: look(q, k, v)
     see = caches.visible(cache, packed.positions, packed.segments, window)
-    return lambda q, k, v, own, shared: ops.decode_attention(q, k, v, own, shared, *see, *form)
+    return lambda q, k, v, own, shared: ops.decode_attention(
+      q, k, v, own, shared, *see, *form, mesh
+    )
 
   def _unrolled(self, kinds, layers, x, cache):
     new = []

@@ -204,6 +204,7 @@ class Sampler:
         positions,
         (offsets < count_B[:, None]).astype(jnp.int32),
         cache,
+        mesh=self.mesh,
       )
       return dataclasses.replace(
         state,
@@ -327,7 +328,8 @@ class Sampler:
     shards = tensor if V % tensor == 0 else 1  # else the head is whole: see `sharding.param_specs`
     together = ('data', 'fsdp') if self._split and tensor > 1 else ()
     form = self.form(1.0)
-    return loop.Policy(self.model, params, self.forbidden, form, spec, shards, together, wakes)
+    model, mesh = self.model, self.mesh
+    return loop.Policy(model, params, self.forbidden, form, spec, mesh, shards, together, wakes)
 
   @property
   def _split(self) -> bool:

@@ -45,6 +45,7 @@ class Policy(NamedTuple):
   forbidden: tuple[int, ...]
   form: tuple  # of the logits at temperature 1, see `ops`
   spec: types.Spec
+  mesh: Any
   shards: int  # of the vocabulary, see `drawing`
   together: tuple[str, ...]  # mesh axes over which devices must run the same steps
   wakes: bool  # rows that have stopped may go on some day, so that their caches must stay
@@ -63,7 +64,7 @@ class Policy(NamedTuple):
 
 def step(policy: Policy, state: State) -> State:
   """One more token for every live row."""
-  model, params, forbidden, form, spec, shards = policy[:6]
+  model, params, forbidden, form, spec, mesh, shards = policy[:7]
   B, S = state.tokens_BS.shape
   rows_B, stop_ids = jnp.arange(B), jnp.asarray(spec.stop_ids, jnp.int32)
   live_B, position_B = state.live_B, state.length_B - 1
@@ -73,7 +74,7 @@ def step(policy: Policy, state: State) -> State:
     inputs = state.input_BD[:, None]
   cache, _ = caches.find_slot(state.cache, policy.needed(state))
   hidden_B1D, cache = model.hidden(
-    params, inputs, position_B[:, None], live_B[:, None].astype(jnp.int32), cache
+    params, inputs, position_B[:, None], live_B[:, None].astype(jnp.int32), cache, mesh=mesh
   )
   bias_V = ops.forbid(model.vocab_size, forbidden)
   plain_BV = z_BV = ops.logits(hidden_B1D[:, 0], model.head(params), bias_V, form)
