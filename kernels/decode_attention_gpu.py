@@ -19,6 +19,7 @@ from reasonrl.kernels.attention import MASKED
 
 SLOTS = 64  # per block
 LEAST, MOST = 16, 64  # queries of one product
+WARPS, STAGES = 4, 3
 PROGRAMS = 264  # to keep the device busy: two for each multiprocessor of an H100
 INTERPRET = False  # True: run without a GPU
 
@@ -68,7 +69,7 @@ def part(q_QKRC, keys, values, see_QXS, new, T: int, scale, softcap):
     in_specs=[spec for _, spec in args],
     out_specs=[mine(N, R), mine(N, R), mine(N, R, C)],
     out_shape=[number, number, vector],
-    compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
     interpret=INTERPRET,
   )(*(x for x, _ in args))
   top = m.max(axis=2)

@@ -267,6 +267,11 @@ class Decoder:
 
     return params | {'layers': {name: layer(tree) for name, tree in params['layers'].items()}}
 
+  def stacked(self, params):
+    """Parameters with one tree for all layers, as `lax.scan` takes them. `hidden` takes either."""
+    layers = (params['layers'][self._layer(i)] for i in range(self.num_layers))
+    return params | {'layers': jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
   def init_cache(self, rows: int, slots: int, dtype=None) -> caches.Cache:
     """Without tokens. dtype None: the compute dtype; int8: quantised (see `caches`)."""
     shape = (rows, self.num_kv_heads, slots, self.head_dim)
@@ -350,15 +355,14 @@ class Decoder:
     return x, new
 
   def _scanned(self, kinds, layers, x, cache):
-    """lax.scan over stacked layers."""
+    """lax.scan over layers."""
     (block,) = kinds.values()  # one window for all: `__post_init__`
-    stacked = jax.tree.map(
-      lambda *leaves: jnp.stack(leaves), *(layers[self._layer(i)] for i in range(self.num_layers))
-    )
+    if self._layer(0) in layers:
+      layers = self.stacked({'layers': layers})['layers']
     own, shared = (None, None) if cache is None else (cache.own, cache.shared)
 
     layer = lambda x, layer: block(layer[0], x, *layer[1:])
-    return jax.lax.scan(layer, x, (stacked, own, shared))
+    return jax.lax.scan(layer, x, (layers, own, shared))
 
   def _window(self, layer: int) -> int | None:
     n = self.sliding_window_pattern

@@ -104,13 +104,17 @@ class Sampler:
 
   @functools.partial(jax.jit, static_argnums=0)
   def layout(self, params):
-    """Decode parameters: matrices in the compute dtype, gathered over fsdp; once per rollout."""
+    """Decode parameters: matrices in the compute dtype, gathered over fsdp; once per rollout.
+
+    Layers that are scanned are stacked here, or every step would do it.
+    """
     dtype = jnp.dtype(self.model.compute_dtype)
     params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
     if self.mesh.shape['tensor'] == 1:
       params = self.model.fused(params)
     shardings = sharding.param_shardings(params, self.model.decode_sharding_rules, self.mesh)
-    return jax.lax.with_sharding_constraint(params, shardings)
+    params = jax.lax.with_sharding_constraint(params, shardings)
+    return self.model.stacked(params) if self.model.scan_layers else params
 
   @functools.partial(jax.jit, static_argnums=(0, 4))
   def prefill(self, params, tokens_BT, length_B, slots: int) -> State:

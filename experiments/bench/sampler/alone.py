@@ -5,7 +5,9 @@
 
 Random weights, prompts of 64 random tokens, 8 samples of each at temperature 1, no token ends one.
 The first turn compiles and is not timed; rates are measured before each turn (see roofline.py).
-Prints a line for every shape; --out appends them to a file.
+Prints a line for every shape; --out appends them to a file. Every size of the ladder is compiled:
+where a kernel reads the slots that are used alone, as on a GPU, --segment=1024 takes no more time
+and one size.
 """
 
 import dataclasses
@@ -36,6 +38,8 @@ MODELS = {
 MODEL = flags.DEFINE_enum('model', 'smollm2_135m', MODELS, 'Shape of the model.')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of weights and caches.')
 CACHE = flags.DEFINE_enum('cache', 'auto', ['auto', 'int8'], 'Of keys and values.')
+SEGMENT = flags.DEFINE_integer('segment', common.sampler().segment, 'Slots of a cache at first.')
+BUCKETS = flags.DEFINE_integer('buckets', 1, 'Row counts; as all stop together, one is used.')
 ROWS = flags.DEFINE_list('rows', ['64', '256'], 'Samples at a time.')
 NEW = flags.DEFINE_list('new', ['1024'], 'New tokens of each.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.')
@@ -64,7 +68,7 @@ def main(_) -> None:
   known = {field.name for field in dataclasses.fields(decoder.Decoder)}
   model = decoder.Decoder(**{name: value for name, value in config.items() if name in known})
   params = jax.jit(model.init)(jax.random.key(0))
-  how = {**common.sampler(), 'cache_dtype': CACHE.value}
+  how = {'cache_dtype': CACHE.value, 'segment': SEGMENT.value, 'buckets': BUCKETS.value}
   sampler = sampling.Sampler(model, sharding.make_mesh(1, 1, 1), (), **how)
   spec = types.Spec(1.0, 0, 1.0, 0.0, 0, (model.vocab_size,), ())
   device = jax.devices()[0]
@@ -92,7 +96,7 @@ def main(_) -> None:
         {
           'model': MODEL.value,
           'dtype': DTYPE.value,
-          'cache': CACHE.value,
+          **how,
           'rows': rows,
           'new': new,
           'tokens/s': round(rows * new / float(np.median(seconds))),
