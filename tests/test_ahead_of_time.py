@@ -209,6 +209,19 @@ def test_a_step_reads_weights_and_caches_once(cache_dtype):
   assert memory.temp_size_in_bytes < 0.05 * read
 
 
+@pytest.mark.parametrize('cache_dtype', ['auto', 'int8'])
+def test_a_step_on_a_gpu_writes_no_scores(cache_dtype):
+  needs('h100')
+  of = bench('sampler').case('h100', 2, cache_dtype=cache_dtype)
+  executable, _ = bench('sampler').steps(of)
+  found, rows = ahead_of_time.arrays(executable), bench('sampler').ROWS
+  for slots in (bench('sampler').NEW, bench('sampler').PROMPT):
+    of_slots = [n for shape, n in found.items() if shape.endswith(f',{slots}')]
+    assert max(of_slots) < rows * of.sampler.model.num_heads * slots
+  # Of two layers, each with a cache of its own and a shared one.
+  assert executable.as_text().count('name = "decode_attention"') == 4
+
+
 @pytest.mark.parametrize(('segment', 'limit'), [(2048, 1.1), (128, 1.6)])
 def test_the_whole_program_holds_its_caches_and_little_else(segment, limit):
   """Where a segment becomes its double there is both, 1.5 of the last."""

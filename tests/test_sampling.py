@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from reasonrl import ops, records, sampling, sharding, types
 from reasonrl.configs import common
@@ -322,6 +323,15 @@ def test_bfloat16_logp_is_near_the_teacher_forced_one():
   decode = sampler.layout(parameters(sampler.model))
   assert decode['layers']['00']['attn']['qkv']['weight'].dtype == jnp.bfloat16
   assert decode['final_norm']['scale'].dtype == jnp.float32
+
+
+def test_scanned_layers_are_stacked_once_a_rollout():
+  sampler = make_sampler(make(scan_layers=True), mesh=(1, 1, 2))
+  decode = sampler.layout(parameters(sampler.model))
+  for name, axes in {'q': (None, 'tensor'), 'o': (None, None, 'tensor')}.items():
+    weight = decode['layers']['attn'][name]['weight']
+    assert weight.shape[0] == sampler.model.num_layers
+    assert weight.sharding.is_equivalent_to(NamedSharding(sampler.mesh, PartitionSpec(*axes)), 3)
 
 
 def test_rows_are_whole():

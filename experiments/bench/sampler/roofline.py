@@ -23,8 +23,7 @@ def rates() -> dict[str, float]:
   best = lambda work: min(_seconds(work) for _ in range(5))
   found = {'bandwidth': moved / best(read)}
   for dtype, (a, b) in matrices.items():
-    multiply = functools.partial(dense.contract, dims=(1, 1), compute_dtype=a.dtype)
-    product = functools.partial(jax.jit(multiply), a, b)
+    product = functools.partial(_product, a, b, a.dtype)
     product().block_until_ready()
     found[dtype] = 2 * a.shape[0] ** 3 / best(lambda work=product: work().block_until_ready())
   found['bfloat16'] = max(found['bfloat16'], found['float32'])  # some XLA convert instead
@@ -46,6 +45,11 @@ def _operands():
   copy = jax.jit(lambda x: x + 1)
   copy(x).block_until_ready()
   return lambda: copy(x).block_until_ready(), 2 * x.nbytes, matrices
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _product(a, b, dtype):
+  return dense.contract(a, b, (1, 1), dtype)
 
 
 def _read_both(x) -> None:
