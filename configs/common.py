@@ -44,7 +44,9 @@ def sampler() -> ConfigDict:
       # 'int8' halves the bytes of a cache. Its probabilities are not the learner's: see
       # the metrics of `mismatch`, and correct them by an importance weight of the algorithm.
       'cache_dtype': 'auto',  # the compute dtype
-      'segment': 128,  # slots of a cache at first; it doubles when a row needs more
+      # Slots of a cache at first; it doubles when a row needs more. Each size is compiled. A GPU
+      # reads none but used slots: there, as many as a row may need cost memory alone.
+      'segment': 128,
       'buckets': 4,  # row counts that live rows move together in, each half the one before
     }
   )
