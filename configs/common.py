@@ -44,8 +44,8 @@ def sampler() -> ConfigDict:
       # 'int8' halves the bytes of a cache. Its probabilities are not the learner's: see
       # the metrics of `mismatch`, and correct them by an importance weight of the algorithm.
       'cache_dtype': 'auto',  # the compute dtype
-      # Slots of a cache at first; it doubles when a row needs more. Each size is compiled. A GPU
-      # reads none but used slots: there, as many as a row may need cost memory alone.
+      # Slots of a cache at first; it doubles when a row needs more. Each size is compiled. An H100
+      # reads up to the last used slot: there, as many as a row may need cost memory alone.
       'segment': 128,
       'buckets': 4,  # row counts that live rows move together in, each half the one before
     }
@@ -91,7 +91,8 @@ def _llama() -> dict:
     'tied_embeddings': True,
     'norm_eps': 1e-5,
     'max_position': 256,
-    'scan_layers': False,  # compile time of deep models on TPU and GPU; slower on CPU
+    # Deep models compile sooner. Slower on a CPU, and on a GPU, which copies each layer's weights.
+    'scan_layers': False,
     'remat': False,  # recompute activations in the backward pass
     'param_dtype': 'float32',
     'compute_dtype': 'float32',

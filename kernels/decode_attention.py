@@ -10,14 +10,14 @@ and over the three, i, m_i + log t_i being their log-sum-exp (arXiv 2205.14135, 
 
 The tokens' own keys and values do not come from the cache, so that it can be written later.
 
-The queries of all rows that share a cache fold into its one product, so it is read once for all of
-them. A cache may hold int8 values with a scale for each token and head: scores and weights are
-multiplied by the scales, the values enter the products in the dtype of the queries.
+The queries of all rows that share a cache fold into one product with it, so that it is not read for
+each of them. A cache may hold int8 values with a scale for each token and head: scores and weights
+are multiplied by the scales, the values enter the products in the dtype of the queries.
 
 For inference: there is no gradient. A query that sees no slot gets 0. The back ends are
 
-  xla     everywhere
-  triton  GPU: each of the two caches by one kernel, see `decode_attention_gpu`
+  xla         everywhere
+  pallas_gpu  each of the two caches by one kernel, see `decode_attention_gpu`
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ import jax.numpy as jnp
 
 from reasonrl.kernels import decode_attention_gpu
 from reasonrl.kernels.attention import MASKED, dot
-
-BACKENDS = ('xla', 'triton')
 
 
 class Stored(NamedTuple):
@@ -76,36 +74,33 @@ def decode_attention(
     raise ValueError(f'decode_attention: q {q_BHTC.shape}, keys {own[0].values_BKSC.shape}')
   if backend not in BACKENDS:
     raise ValueError(f'decode_attention: backend={backend!r} is not one of {", ".join(BACKENDS)}')
-  part, parts = (_part_gpu if backend == 'triton' else _part), []
-  form, beside = (scale, softcap), None
+  form, sums = (scale, softcap), BACKENDS[backend]
   # [Q, K, W, G, T, C]: rows that share a cache, W, behind the heads.
   q_BK1GTC = q_BHTC.reshape(B, K, 1, H // K, T, C)
-  if backend == 'triton' and T == 1:  # as a part of the row's own
-    beside = k_BKTC[:, :, 0], v_BKTC[:, :, 0], visible_BTT[:, 0, 0]
+  parts, beside = [], {}
+  if backend == 'pallas_gpu' and T == 1:  # one token more of the row's own cache
+    beside = {'beside': (k_BKTC[:, :, 0], v_BKTC[:, :, 0], visible_BTT[:, 0, 0])}
   else:
     new = Stored(k_BKTC, None), Stored(v_BKTC, None)
-    parts.append(_part(q_BK1GTC, *new, visible_BTT[:, None], None, *form))
-  parts.append(part(q_BK1GTC, *own, visible_BTS[:, None], beside, *form))
+    parts.append(_xla(q_BK1GTC, *new, visible_BTT[:, None], *form))
+  parts.append(sums(q_BK1GTC, *own, visible_BTS[:, None], *form, **beside))
   if shared is not None:
     Q = shared[0].values_BKSC.shape[0]
     q_QKWGTC = q_BK1GTC.reshape(Q, B // Q, K, H // K, T, C).swapaxes(1, 2)
     see_QWTP = visible_BTP.reshape(Q, B // Q, T, -1)
     unfold = lambda x: x.swapaxes(1, 2).reshape(B, K, 1, *x.shape[3:])
-    parts.append(tuple(map(unfold, part(q_QKWGTC, *shared, see_QWTP, None, *form))))
+    parts.append(tuple(map(unfold, sums(q_QKWGTC, *shared, see_QWTP, *form))))
   top = parts[0][0]
-  for part in parts[1:]:
-    top = jnp.maximum(top, part[0])
+  for m, _, _ in parts[1:]:
+    top = jnp.maximum(top, m)
   total, out = 0.0, 0.0
   for m, t, o in parts:
     total, out = total + jnp.exp(m - top) * t, out + jnp.exp(m - top) * o
   return (out / jnp.where(total > 0, total, 1.0)).astype(q_BHTC.dtype).reshape(q_BHTC.shape)
 
 
-def _part(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, beside, scale, softcap):
-  """m, t [Q, K, W, G, T, 1] and o [Q, K, W, G, T, C], float32, of one cache.
-
-  beside: None here; see `decode_attention_gpu.part`.
-  """
+def _xla(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, scale, softcap):
+  """m, t [Q, K, W, G, T, 1] and o [Q, K, W, G, T, C], float32, of one cache."""
   Q, K, *lead, C = q_QKWGTC.shape
   see = see_QWTS[:, None, :, None]
   # Rows, heads and tokens fold into the rows of one product per (q, k).
@@ -126,12 +121,15 @@ def _part(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, beside, scale, softc
   return m, t, o.reshape(Q, K, *lead, C)
 
 
-def _part_gpu(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, beside, scale, softcap):
-  """The same by the kernel, and of a token beside the cache."""
+def _gpu(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, scale, softcap, beside=None):
+  """The same, and of a token beside the cache: (k, v) [Q, K, C], see [Q]."""
   Q, K, *lead, C = q_QKWGTC.shape
   q, see = q_QKWGTC.reshape(Q, K, -1, C), see_QWTS.reshape(Q, -1, see_QWTS.shape[-1])
-  sums = decode_attention_gpu.part(q, keys, values, see, beside, lead[-1], scale, softcap)
+  sums = decode_attention_gpu.sums(q, keys, values, see, beside, lead[-1], scale, softcap)
   return tuple(x.reshape(Q, K, *lead, -1) for x in sums)
+
+
+BACKENDS = {'xla': _xla, 'pallas_gpu': _gpu}
 
 
 def decode_attention_ref(

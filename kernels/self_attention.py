@@ -11,7 +11,7 @@ over the s <= t of t's segment, and of the one that it continues, at most window
           of 64 tokens on an H100, but nobody compared what it returns.
   xla     everywhere: `attention`, which holds the weights of the keys up to the end of a block.
 
-Decoding against a cache is `attention` on every platform: one query per row reads the cache once.
+Decoding against a cache is `decode_attention`.
 """
 
 from __future__ import annotations

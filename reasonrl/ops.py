@@ -46,8 +46,7 @@ def self_attention(
 
   On a mesh, rows are split over data and fsdp, and heads over tensor where it divides them.
   """
-  devices = np.array(jax.devices()[:1]) if mesh is None else mesh.devices
-  backend = attention_backend(devices.flat[0], q_BHTC, softcap)
+  backend = attention_backend(_device(mesh), q_BHTC, softcap)
 
   def run(q_BHTC, k_BKTC, v_BKTC, packed):
     return self_attention_kernel.self_attention(
@@ -78,20 +77,25 @@ def decode_attention(
   q_BHTC, k_BKTC, v_BKTC, own, shared, visible_BTT, visible_BTS, visible_BTP, scale, softcap,
   mesh: Mesh | None,
 ):  # fmt: skip
-  """See `kernels.decode_attention`. The kernel is for heads that are not split over tensor."""
-  devices = np.array(jax.devices()[:1]) if mesh is None else mesh.devices
-  whole = mesh is None or mesh.shape['tensor'] == 1
-  fits = whole and decode_attention_gpu.supports(q_BHTC.shape[-1])
-  backend = 'triton' if fits and _runs_triton(devices.flat[0]) else 'xla'
+  """See `kernels.decode_attention`."""
+  tensor = 1 if mesh is None else mesh.shape['tensor']
+  backend = decode_backend(_device(mesh), q_BHTC.shape[-1], tensor)
   see = visible_BTT, visible_BTS, visible_BTP
   return decode_attention_kernel.decode_attention(
     q_BHTC, k_BKTC, v_BKTC, own, shared, *see, scale, softcap, backend
   )
 
 
-def _runs_triton(device) -> bool:
-  """From 8.0, Ampere. AMD's capabilities are names."""
-  return bool(re.fullmatch(r'([89]|\d\d)\.\d', getattr(device, 'compute_capability', '')))
+def decode_backend(device, head_dim: int, tensor: int) -> str:
+  """Of `kernels.decode_attention`: the kernel on GPUs that it is compiled for in the tests, for
+  heads that are not split over `tensor` devices."""
+  fits = tensor == 1 and decode_attention_gpu.supports(head_dim)
+  return 'pallas_gpu' if fits and getattr(device, 'compute_capability', None) == '9.0' else 'xla'
+
+
+def _device(mesh: Mesh | None):
+  """Whose kernels are taken."""
+  return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 def attention_backend(device, q_BHTC, softcap) -> str:
@@ -100,7 +104,8 @@ def attention_backend(device, q_BHTC, softcap) -> str:
     return 'xla'
   if device.platform == 'tpu':
     return 'splash'
-  if _runs_triton(device):
+  # 8.0: Ampere. AMD's capabilities are names.
+  if re.fullmatch(r'([89]|\d\d)\.\d', getattr(device, 'compute_capability', '')):
     C = q_BHTC.shape[-1]
     return 'cudnn' if softcap is None and C <= 128 and C % 8 == 0 else 'xla'
   return 'xla'
@@ -120,7 +125,7 @@ def loss_spec(backend: str, rows: int, form, support, D: int, mesh: Mesh) -> pol
       this width.
     rows: tokens of a device whose logits exist at a time, see `policy_loss.Spec`; 0: ROWS.
   """
-  device = mesh.devices.flat[0]
+  device = _device(mesh)
   if backend == 'auto':
     backend = 'xla'
     if device.device_kind in ('TPU v5 lite', 'TPU v6 lite') and pallas_tpu.capacity(D, form):

@@ -213,13 +213,39 @@ def test_a_step_reads_weights_and_caches_once(cache_dtype):
 def test_a_step_on_a_gpu_writes_no_scores(cache_dtype):
   needs('h100')
   of = bench('sampler').case('h100', 2, cache_dtype=cache_dtype)
-  executable, _ = bench('sampler').steps(of)
+  executable, caches = bench('sampler').steps(of)
+  memory = executable.memory_analysis()
+  assert memory.alias_size_in_bytes > 0.95 * caches
   found, rows = ahead_of_time.arrays(executable), bench('sampler').ROWS
   for slots in (bench('sampler').NEW, bench('sampler').PROMPT):
     of_slots = [n for shape, n in found.items() if shape.endswith(f',{slots}')]
     assert max(of_slots) < rows * of.sampler.model.num_heads * slots
   # Of two layers, each with a cache of its own and a shared one.
   assert executable.as_text().count('name = "decode_attention"') == 4
+
+
+@pytest.mark.parametrize('C', [16, 64, 128])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize(
+  'T, softcap, quantised', [(1, None, False), (3, 5.0, False), (1, None, True)]
+)
+def test_the_gpu_kernel_fits_the_chip(C, dtype, T, softcap, quantised):
+  """Many rows that share a cache, so that its tiles are as large as they get."""
+  needs('h100')
+  mesh = Mesh(np.array(ahead_of_time.devices('h100')[:1]).reshape(1, 1, 1), types.MESH_AXES)
+  whole, (B, Q, H, K, S, P) = NamedSharding(mesh, PartitionSpec()), (64, 4, 8, 2, 1000, 70)
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=whole)
+
+  def stored(rows, slots):
+    values = array('int8' if quantised else dtype, rows, K, slots, C)
+    return ops.Stored(values, array('float32', rows, K, 1, slots) if quantised else None)
+
+  args = [array(dtype, B, heads, T, C) for heads in (H, K, K)]
+  args += [(stored(B, S), stored(B, S)), (stored(Q, P), stored(Q, P))]
+  args += [array(bool, B, T, n) for n in (T, S, P)]
+  attend = lambda *args: ops.decode_attention(*args, C**-0.5, softcap, mesh)
+  text = ahead_of_time.compiled(attend, args, mesh).as_text()
+  assert text.count('name = "decode_attention"') == 2
 
 
 @pytest.mark.parametrize(('segment', 'limit'), [(2048, 1.1), (128, 1.6)])

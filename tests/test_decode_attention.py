@@ -22,9 +22,11 @@ def plain(x):
   return Stored(jnp.asarray(x, jnp.float32), None)
 
 
-def test_by_hand():
+@pytest.mark.parametrize('backend', kernel.BACKENDS)
+def test_by_hand(backend, monkeypatch):
   """Scores ln 1, ln 2 in the shared part, ln 5 in the row's own, ln 8 of the token itself: weights
   1/16, 2/16, 5/16, 8/16."""
+  monkeypatch.setattr(decode_attention_gpu, 'INTERPRET', True)
   q = jnp.ones((1, 1, 1, 1))
   new = np.log(8.0) * q, 3.0 * q
   shared = plain(np.log([1.0, 2.0, 9.0]).reshape(1, 1, 3, 1)), plain([[[[8.0], [0.0], [7.0]]]])
@@ -32,14 +34,14 @@ def test_by_hand():
   see_own, see_shared = jnp.asarray([[[True, False]]]), jnp.asarray([[[True, True, False]]])
   see_new = jnp.asarray([[[True]]])
   at = lambda a, b, c: attend(
-    q, *new, own, shared, see_new & a, see_own & b, see_shared & c, 1.0, None, 'xla'
+    q, *new, own, shared, see_new & a, see_own & b, see_shared & c, 1.0, None, backend
   )
   assert at(True, True, True).item() == pytest.approx((8 + 5 * 16 + 8 * 3) / 16, rel=1e-6)
   assert at(False, True, True).item() == pytest.approx((8 + 5 * 16) / 8, rel=1e-6)
   assert at(False, False, True).item() == pytest.approx(8 / 3, rel=1e-6)
   assert at(True, False, False).item() == pytest.approx(3)
   assert at(False, False, False).item() == 0
-  alone = attend(q, *new, own, None, see_new, see_own, None, 1.0, None, 'xla')
+  alone = attend(q, *new, own, None, see_new, see_own, None, 1.0, None, backend)
   assert alone.item() == pytest.approx((5 * 16 + 8 * 3) / 13, rel=1e-6)
 
 
@@ -79,7 +81,7 @@ def test_programs_that_share_a_cache(programs, monkeypatch):
   see[1] = see[1].at[:, :, 200:].set(False)
   spoiled = [stored._replace(values_BKSC=stored[0].at[:, :, 256:].set(jnp.nan)) for stored in own]
   # Not jitted: PROGRAMS is read while the kernel is traced.
-  got = kernel.decode_attention(q, k, v, spoiled, shared, *see, scale, softcap, 'triton')
+  got = kernel.decode_attention(q, k, v, spoiled, shared, *see, scale, softcap, 'pallas_gpu')
   np.testing.assert_allclose(got, twin(q, k, v, own, shared, *see, scale, softcap), atol=1e-5)
 
 
@@ -111,6 +113,12 @@ def test_heads_that_do_not_divide():
     attend(q[:, :3], *rest, 'xla')
 
 
+def test_the_kernel_says_what_it_cannot_do():
+  """head_dim 8, outside interpret mode."""
+  with pytest.raises(ValueError, match='head_dim=8 is not one of 16, 32, 64, 128'):
+    attend(*case('own', 'float32'), 'pallas_gpu')
+
+
 def test_an_unknown_back_end():
-  with pytest.raises(ValueError, match="backend='cuda' is not one of xla, triton"):
+  with pytest.raises(ValueError, match="backend='cuda' is not one of xla, pallas_gpu"):
     attend(*case('own', 'float32'), 'cuda')

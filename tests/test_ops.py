@@ -175,6 +175,23 @@ def test_attention_takes_the_kernel_of_the_chip(device, dtype, C, softcap, backe
   assert ops.shares_prefixes(device, dtype) == (backend != 'splash')
 
 
+@pytest.mark.parametrize(
+  'device, C, tensor, backend',
+  [
+    (Device('gpu', 'H100', compute_capability='9.0'), 128, 1, 'pallas_gpu'),
+    (Device('gpu', 'H100', compute_capability='9.0'), 128, 2, 'xla'),
+    (Device('gpu', 'H100', compute_capability='9.0'), 80, 1, 'xla'),
+    (Device('gpu', 'H100', compute_capability='9.0'), 256, 1, 'xla'),
+    (Device('gpu', 'A100', compute_capability='8.0'), 128, 1, 'xla'),
+    (Device('gpu', 'AMD', compute_capability='gfx942'), 128, 1, 'xla'),
+    (Device('tpu', 'TPU v5 lite'), 128, 1, 'xla'),
+    (Device('cpu', 'cpu'), 64, 1, 'xla'),
+  ],
+)
+def test_decoding_takes_the_kernel_of_the_chip(device, C, tensor, backend):
+  assert ops.decode_backend(device, C, tensor) == backend
+
+
 @pytest.mark.parametrize('K', [1, 2])
 def test_the_attention_kernel_on_a_mesh(K, monkeypatch):
   """Rows over data and fsdp, heads over tensor where it divides the key heads (K = 2)."""

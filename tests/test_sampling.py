@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from reasonrl import ops, records, sampling, sharding, types
 from reasonrl.configs import common
+from reasonrl.kernels import decode_attention_gpu
 from reasonrl.models import decoder
 
 V, S = 24, 24
@@ -325,13 +326,16 @@ def test_bfloat16_logp_is_near_the_teacher_forced_one():
   assert decode['final_norm']['scale'].dtype == jnp.float32
 
 
-def test_scanned_layers_are_stacked_once_a_rollout():
-  sampler = make_sampler(make(scan_layers=True), mesh=(1, 1, 2))
-  decode = sampler.layout(parameters(sampler.model))
-  for name, axes in {'q': (None, 'tensor'), 'o': (None, None, 'tensor')}.items():
+@pytest.mark.parametrize('mesh', [(1, 1, 2), (1, 2, 1)])
+def test_scanned_layers_are_stacked_once_a_rollout(mesh):
+  sampler = make_sampler(make(scan_layers=True, compute_dtype='bfloat16'), mesh)
+  decode, split = sampler.layout(parameters(sampler.model)), mesh[2] > 1
+  axes = {'q': (None, 'tensor'), 'o': (None, None, 'tensor')} if split else {'qkv': (), 'o': ()}
+  for name, of in axes.items():
     weight = decode['layers']['attn'][name]['weight']
-    assert weight.shape[0] == sampler.model.num_layers
-    assert weight.sharding.is_equivalent_to(NamedSharding(sampler.mesh, PartitionSpec(*axes)), 3)
+    assert weight.shape[0] == sampler.model.num_layers and weight.dtype == jnp.bfloat16
+    assert weight.sharding.is_equivalent_to(NamedSharding(sampler.mesh, PartitionSpec(*of)), 3)
+  assert decode['layers']['attn_norm']['scale'].dtype == jnp.float32
 
 
 def test_rows_are_whole():
@@ -747,9 +751,21 @@ def test_prefill_needs_room(sampler, params):
     sampler.prefill(params, jnp.ones((1, 30), jnp.int32), jnp.asarray([3]), S)
 
 
-@pytest.mark.parametrize('mesh', [(2, 2, 1), (1, 2, 2)])
-def test_stages_on_several_devices(sampler, params, mesh):
+@pytest.mark.parametrize(
+  'mesh, how',
+  [
+    ((2, 2, 1), {}),
+    ((1, 2, 2), {}),
+    ((2, 2, 1), {'scan_layers': True}),
+    ((1, 2, 2), {'scan_layers': True}),
+    ((2, 2, 1), {'head_dim': 16}),  # by the kernel for GPUs
+  ],
+  ids=str,
+)
+def test_stages_on_several_devices(mesh, how, monkeypatch):
   """Prefill, decode, append, decode, fork: what one device says."""
+  plain = make_sampler(make(**how))
+  several = make_sampler(plain.model, mesh, segment=4)
 
   def run(sampler):
     tokens, length = np.zeros((4, 6), np.int32), np.asarray([1, 3, 5, 2], np.int32)
@@ -765,4 +781,8 @@ def test_stages_on_several_devices(sampler, params, mesh):
     state = sampler.fork(state, np.asarray([2, 0, 0, 1]))
     return host(sampler.decode(params, state, spec(), 5))
 
-  assert_same(run(make_sampler(sampler.model, mesh, segment=4)), run(sampler))
+  want = run(plain)
+  if 'head_dim' in how:
+    monkeypatch.setattr(decode_attention_gpu, 'INTERPRET', True)
+    monkeypatch.setattr(ops, 'decode_backend', lambda *_: 'pallas_gpu')
+  assert_same(run(several), want)

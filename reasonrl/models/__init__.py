@@ -11,6 +11,7 @@ A model is a frozen dataclass of its switches with
     embed(params, tokens) -> [..., D]        what stands for tokens at the input
     init_cache(rows, slots, dtype)           `caches.Cache`, for `hidden`
     fused(params) -> params                  the same for decoding, in fewer matrices
+    stacked(params) -> params                and with `scan_layers` in one tree for all layers
 
 and the attributes vocab_size, max_position, scan_layers, param_dtype, compute_dtype, sharding_rules
 and decode_sharding_rules ((regex, axes), first match).

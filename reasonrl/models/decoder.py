@@ -6,7 +6,7 @@
    `head(params)`.
 
 Parameters are a plain nested dict with one subtree per layer, whatever the platform; with
-`scan_layers` they are stacked at trace time. Weights are [out, in].
+`scan_layers` they are stacked at trace time, for decoding before. Weights are [out, in].
 
 Flax Linen is used for what is in a layer, and to name and initialise its parameters.
 Left out on purpose: dropout and mutable collections.
@@ -269,8 +269,11 @@ class Decoder:
 
   def stacked(self, params):
     """Parameters with one tree for all layers, as `lax.scan` takes them. `hidden` takes either."""
-    layers = (params['layers'][self._layer(i)] for i in range(self.num_layers))
-    return params | {'layers': jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+    return params | {'layers': self._stack(params['layers'])}
+
+  def _stack(self, layers):
+    each = (layers[self._layer(i)] for i in range(self.num_layers))
+    return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
   def init_cache(self, rows: int, slots: int, dtype=None) -> caches.Cache:
     """Without tokens. dtype None: the compute dtype; int8: quantised (see `caches`)."""
@@ -291,7 +294,7 @@ class Decoder:
     """Final hidden states.
 
     Args:
-      params: as from `init`.
+      params: as from `init`, `fused` or `stacked`.
       inputs: tokens_BT (integers) or embeds_BTD, as `embed` gives them.
       positions_BT: int32, of a token in its sequence.
       segments_BT: int32, 0 = padding. Tokens see their own segment, and what it continues.
@@ -357,8 +360,7 @@ class Decoder:
   def _scanned(self, kinds, layers, x, cache):
     """lax.scan over layers."""
     (block,) = kinds.values()  # one window for all: `__post_init__`
-    if self._layer(0) in layers:
-      layers = self.stacked({'layers': layers})['layers']
+    layers = self._stack(layers) if self._layer(0) in layers else layers
     own, shared = (None, None) if cache is None else (cache.own, cache.shared)
 
     layer = lambda x, layer: block(layer[0], x, *layer[1:])

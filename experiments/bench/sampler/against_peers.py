@@ -182,7 +182,7 @@ def main(_) -> None:
           assert tokens.shape == (rows, new), f'{engine.name}: {tokens.shape}, not {shape}'
           if turn:
             dtype = 'float32' if 'float32' in engine.name else 'bfloat16'
-            least = roofline.floor(model, rows // samples, PROMPT, rows, new, dtype, rates)
+            least = roofline.floor(model, rows // samples, PROMPT, rows, new, dtype, dtype, rates)
             for kind, seconds in (('seconds', answer['seconds']), ('floor', least)):
               result[kind][engine.name].setdefault(shape, []).append(round(seconds, 3))
       for engine in engines:

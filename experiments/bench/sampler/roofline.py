@@ -41,7 +41,7 @@ def _operands():
   if on_cpu:
     x = [np.ones(64 * 2**20, np.float32) for _ in range(4)]
     return functools.partial(_read_both, x), sum(a.nbytes for a in x), matrices
-  x = jnp.ones(2**30, jnp.float32)
+  x = jnp.ones(2**29, jnp.float32)
   copy = jax.jit(lambda x: x + 1)
   copy(x).block_until_ready()
   return lambda: copy(x).block_until_ready(), 2 * x.nbytes, matrices
@@ -67,13 +67,15 @@ def _seconds(work) -> float:
 
 
 def floor(
-  model: decoder.Decoder, prompts: int, prompt: int, rows: int, new: int, dtype: str, rates: dict
-) -> float:
+  model: decoder.Decoder, prompts: int, prompt: int, rows: int, new: int, dtype: str, cache: str,
+  rates: dict,
+) -> float:  # fmt: skip
   """Seconds that the machine needs for so many new tokens of rows that share prompts evenly.
 
   A step reads the weights and the caches, and multiplies each row with the weights: bytes at the
   bandwidth or products at the rate, whichever takes longer. Of a prompt only the last token meets
-  the head.
+  the head. dtype: of the weights and products; cache: of keys and values, int8 with a float32 scale
+  for each token and head.
   """
   width = jnp.dtype(dtype).itemsize
   layers = model.num_layers * (
@@ -83,10 +85,11 @@ def floor(
   head = model.vocab_size * model.width
   weights = layers + head
   seconds = 2 * (layers * prompt + head) * prompts / rates[dtype]
-  token = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # keys and values
+  head_bytes = model.head_dim + 4 if cache == 'int8' else model.head_dim * jnp.dtype(cache).itemsize
+  token = 2 * model.num_layers * model.num_kv_heads * head_bytes  # keys and values
   for step in range(1, new):
     cached = token * (prompts * prompt + rows * step)
     attend = 4 * model.num_layers * model.num_heads * model.head_dim * rows * (prompt + step)
-    read = width * (weights + cached) / rates['bandwidth']
+    read = (width * weights + cached) / rates['bandwidth']
     seconds += max(read, (2 * weights * rows + attend) / rates[dtype])
   return seconds
