@@ -1,7 +1,7 @@
 """Tokens per second of our sampler by itself, and its share of the roofline, on any device.
 
   python experiments/bench/sampler/alone.py
-  python experiments/bench/sampler/alone.py --model=qwen2.5_7b --rows=64,128,256
+  python experiments/bench/sampler/alone.py --model=qwen2.5_7b --segment=1024       # a GPU
 
 Random weights, prompts of 64 random tokens, 8 samples of each at temperature 1, no token ends one.
 The first turn compiles and is not timed; rates are measured before each turn (see roofline.py).
@@ -26,14 +26,13 @@ from reasonrl.experiments import processor
 from reasonrl.models import decoder
 
 # What each has beyond SmolLM2-135M; of Qwen 2.5 (arXiv 2412.15115) as in its config.json.
-_QWEN = {'vocab_size': 151936, 'head_dim': 128, 'qkv_bias': True, 'rope_theta': 1e6}
 SHAPES = {
   'smollm2_135m': {},
-  'qwen2.5_1.5b': _QWEN
-  | {'num_layers': 28, 'width': 1536, 'num_heads': 12, 'num_kv_heads': 2, 'mlp_width': 8960},
-  'qwen2.5_7b': _QWEN
-  | {'num_layers': 28, 'width': 3584, 'num_heads': 28, 'num_kv_heads': 4, 'mlp_width': 18944}
-  | {'tied_embeddings': False, 'vocab_size': 152064},
+  'qwen2.5_7b': {
+    **{'vocab_size': 152064, 'num_layers': 28, 'width': 3584, 'mlp_width': 18944},
+    **{'num_heads': 28, 'num_kv_heads': 4, 'head_dim': 128, 'qkv_bias': True},
+    **{'rope_theta': 1e6, 'tied_embeddings': False},
+  },
 }
 MODEL = flags.DEFINE_enum('model', 'smollm2_135m', SHAPES, 'Shape of the model.')
 DTYPE = flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of weights and caches.')
@@ -41,7 +40,7 @@ CACHE = flags.DEFINE_enum('cache', 'auto', ['auto', 'int8'], 'Of keys and values
 SEGMENT = flags.DEFINE_integer('segment', common.sampler().segment, 'Slots of a cache at first.')
 ROWS = flags.DEFINE_list('rows', ['64', '256'], 'Samples at a time.')
 NEW = flags.DEFINE_list('new', ['1024'], 'New tokens of each.')
-REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.')
+REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.', lower_bound=1)
 OUT = flags.DEFINE_string('out', '', 'A file that lines are appended to.')
 TRACE = flags.DEFINE_string('trace', '', 'Folder for a profile of one more turn of each shape.')
 PROMPT, SAMPLES = 64, 8
