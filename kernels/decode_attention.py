@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from reasonrl.kernels import decode_attention_gpu
+from reasonrl.kernels import decode_attention_gpu, dense
 from reasonrl.kernels.attention import MASKED, dot
 
 
@@ -105,7 +105,9 @@ def _xla(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, scale, softcap):
   see = see_QWTS[:, None, :, None]
   # Rows, heads and tokens fold into the rows of one product per (q, k).
   q = q_QKWGTC.reshape(Q, K, -1, C)
-  x = dot(q, keys.values_BKSC.astype(q.dtype), 3, 3) * scale
+  if keys.scale_BK1S is not None:  # else a CPU may convert the caches of all layers first
+    q, keys, values = jax.lax.optimization_barrier((q, keys, values))
+  x = _scores(q, keys.values_BKSC.astype(q.dtype)) * scale
   if keys.scale_BK1S is not None:
     x = x * keys.scale_BK1S
   if softcap is not None:
@@ -119,6 +121,15 @@ def _xla(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, scale, softcap):
     weights = weights * values.scale_BK1S
   o = dot(weights.astype(q.dtype), values.values_BKSC.astype(q.dtype), 3, 2)
   return m, t, o.reshape(Q, K, *lead, C)
+
+
+def _scores(q_QKMC, k_QKSC):
+  """q k^T, float32 [Q, K, M, S], in the order that suits a CPU (see `dense`)."""
+  plain = lambda q, k: dot(q, k, 3, 3)
+  if q_QKMC.dtype != jnp.float32 or q_QKMC.shape[2] > dense.FEW_ROWS:
+    return plain(q_QKMC, k_QKSC)
+  left = lambda q, k: jax.lax.optimization_barrier(dot(k, q, 3, 3)).swapaxes(2, 3)
+  return jax.lax.platform_dependent(q_QKMC, k_QKSC, cpu=left, default=plain)
 
 
 def _gpu(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, scale, softcap, beside=None):

@@ -138,7 +138,7 @@ def tidy(cache: Cache) -> Cache:
   last = jnp.iinfo(jnp.int32).max
   key_BS = jnp.where(cache.position_BS < 0, last, cache.position_BS)
   order_BS = jnp.argsort(key_BS, axis=1)
-  own = jax.lax.platform_dependent(cache.own, order_BS, tpu=move_one_by_one, default=move_at_once)
+  own = jax.lax.platform_dependent(cache.own, order_BS, cuda=move_at_once, default=move_one_by_one)
   position_BS = jnp.take_along_axis(cache.position_BS, order_BS, axis=1)
   return dataclasses.replace(cache, own=own, position_BS=position_BS)
 
@@ -155,8 +155,8 @@ def move_at_once(own, order_BS):
 
 
 def move_one_by_one(own, order_BS):
-  """The same, row by row, in place. For TPUs: their compiler turns the cache into another layout
-  for the gather of all, which takes two more of it."""
+  """The same, row by row, in place. The compilers for CPUs and TPUs turn the cache into another
+  layout for the gather of all, which takes one or two more of it, wanted or not."""
   rows = jax.tree.leaves(own)[0].shape[:-3]  # [B] or [N, B]
 
   def move(at, x, axis):

@@ -315,7 +315,7 @@ class Decoder:
       x = self.embed(params, inputs)
 
     def kind(window):  # what the layers of one window share
-      rotation = rope.rotation(positions_BT, *self._frequencies(window))
+      rotation = jax.lax.optimization_barrier(rope.rotation(positions_BT, *self._frequencies(window)))
       attend = self._attend(packed, window, cache, fresh, mesh)
 
       def block(weights, x, own, shared):
