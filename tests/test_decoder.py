@@ -414,6 +414,29 @@ def test_padding_is_nobodys_in_the_cache(scan_layers):
   assert cache.slot == 5
 
 
+def test_layers_share_their_rotations():
+  """One cosine for all layers of a window, though a compiler might compute it in each of them."""
+  if jax.__version_info__ < (0, 11, 2):
+    pytest.skip('the compiler for CPUs takes barriers out before it joins operations')
+  model = make(num_layers=4, sliding_window=3, sliding_window_pattern=2, rope_local_theta=100.0)
+  cache = model.init_cache(2, 8)
+  compiled = hidden.lower(
+    model, parameters(model), tokens(2, 1), *whole(tokens(2, 1)), cache
+  ).compile()
+  assert compiled.as_text().count(' cosine(') == 2
+
+
+def test_a_step_writes_its_cache_in_place():
+  """All layers read before: else a compiler copies what it may not overwrite yet."""
+  model = make(num_layers=3)
+  step = jax.jit(model.hidden, donate_argnums=4)
+  cache = model.init_cache(2, 4096)
+  compiled = step.lower(parameters(model), tokens(2, 1), *whole(tokens(2, 1)), cache).compile()
+  size = cache.own[0].keys.values_BKSC.nbytes
+  assert compiled.memory_analysis().alias_size_in_bytes >= 6 * size
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * size
+
+
 def test_scanned_and_checkpointed_layers_are_the_unrolled_ones():
   """One checkpoint format, one result, one gradient."""
   plain, rows = make(sliding_window=3, rope_local_theta=50.0), tokens(2, 6)

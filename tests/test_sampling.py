@@ -13,6 +13,7 @@ from reasonrl import ops, records, sampling, sharding, types
 from reasonrl.configs import common
 from reasonrl.kernels import decode_attention_gpu
 from reasonrl.models import decoder
+from reasonrl.sampling import plan
 
 V, S = 24, 24
 FORBIDDEN = (0, 5)
@@ -568,6 +569,22 @@ def test_caches_grow_as_rows_do(sampler):
   # The cache of the prompts; then 4, 8, 16 slots, 32 in the end.
   want = [(6, 6)] + [(1, 4)] * 4 + [(1, 8)] * 4 + [(1, 16)] * 8 + [(1, 32)] * 14
   assert seen == want
+
+
+@pytest.mark.parametrize('cache_dtype', ['auto', 'int8'])
+def test_a_program_holds_its_caches_once(cache_dtype):
+  """Not in another layout too, nor the int8 of all layers as float32, which is four times it."""
+  if cache_dtype == 'int8' and jax.__version_info__ < (0, 11, 2):
+    pytest.skip('the compiler for CPUs has no barriers that keep the layers apart')
+  sampler = make_sampler(
+    make(num_layers=8, head_dim=64, max_position=1024), cache_dtype=cache_dtype, segment=512
+  )
+  (wave,) = plan.waves(ask(np.zeros(64), 512), 0, 1, 6, 518)
+  params = jax.eval_shape(sampler.layout, parameters(sampler.model))
+  lowered = sampling.Sampler._sample.lower(sampler, params, wave.arrays, spec(), *wave[2:], 518)
+  cache = jax.eval_shape(lambda: sampler.model.init_cache(64, 512, sampler.dtype))
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+  assert held < lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * held
 
 
 def test_few_requests_share_their_programs(sampler):
