@@ -330,8 +330,8 @@ class Decoder:
     run = self._scanned if self.scan_layers else self._unrolled
     x, new = run(kinds, params['layers'], x, cache)
     # Written once all layers have read: earlier, the compiler for TPUs moves a layer's cache to
-    # fast memory, writes it there and copies it back; that for CPUs (JAX 0.10.2) copies every cache.
-    # It takes barriers out before it looks what it may write in place, so the slot needs the result.
+    # fast memory, writes it there and copies it back; the one for CPUs (JAX 0.10.2) copies each
+    # cache, and takes barriers out before it finds what it may write in place. So the slot needs x.
     if cache is not None and not fresh:
       never = x.ravel()[0] > jnp.inf
       cache = dataclasses.replace(cache, slot=jnp.where(never, 0, cache.slot))
