@@ -105,7 +105,8 @@ def _xla(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, scale, softcap):
   see = see_QWTS[:, None, :, None]
   # Rows, heads and tokens fold into the rows of one product per (q, k).
   q = q_QKWGTC.reshape(Q, K, -1, C)
-  if keys.scale_BK1S is not None:  # else a CPU may convert the caches of all layers first
+  # Else a CPU converts the caches of all layers first (before JAX 0.11.2 it does all the same).
+  if keys.scale_BK1S is not None:
     q, keys, values = jax.lax.optimization_barrier((q, keys, values))
   x = _scores(q, keys.values_BKSC.astype(q.dtype)) * scale
   if keys.scale_BK1S is not None:
@@ -124,9 +125,10 @@ def _xla(q_QKWGTC, keys: Stored, values: Stored, see_QWTS, scale, softcap):
 
 
 def _scores(q_QKMC, k_QKSC):
-  """q k^T, float32 [Q, K, M, S], in the order that suits a CPU (see `dense`)."""
+  """q k^T, float32 [Q, K, M, S]. A CPU packs what is on the right: the smaller, as in `dense`."""
   plain = lambda q, k: dot(q, k, 3, 3)
-  if q_QKMC.dtype != jnp.float32 or q_QKMC.shape[2] > dense.FEW_ROWS:
+  few = q_QKMC.shape[2] <= min(dense.FEW_ROWS, k_QKSC.shape[2])
+  if not few or q_QKMC.dtype != jnp.float32:  # bfloat16 was not measured
     return plain(q_QKMC, k_QKSC)
   left = lambda q, k: jax.lax.optimization_barrier(dot(k, q, 3, 3)).swapaxes(2, 3)
   return jax.lax.platform_dependent(q_QKMC, k_QKSC, cpu=left, default=plain)

@@ -65,6 +65,8 @@ def empty(layers: int, scanned: bool, rows: int, heads: int, slots: int, channel
 def write(cache: Cache, new) -> Cache:
   """Puts T tokens of every row into the next slots, and moves `slot` behind them.
 
+  In place if compilers can tell that all reads come before: see `Decoder.hidden`.
+
   new: (keys, values), each [B, K, T, C], of every layer; scanned: one pair, [N, B, K, T, C].
   """
 
@@ -138,7 +140,9 @@ def tidy(cache: Cache) -> Cache:
   last = jnp.iinfo(jnp.int32).max
   key_BS = jnp.where(cache.position_BS < 0, last, cache.position_BS)
   order_BS = jnp.argsort(key_BS, axis=1)
-  own = jax.lax.platform_dependent(cache.own, order_BS, cuda=move_at_once, default=move_one_by_one)
+  # On a GPU every row is kernels of its own.
+  gpu = {'cuda': move_at_once, 'rocm': move_at_once}
+  own = jax.lax.platform_dependent(cache.own, order_BS, **gpu, default=move_one_by_one)
   position_BS = jnp.take_along_axis(cache.position_BS, order_BS, axis=1)
   return dataclasses.replace(cache, own=own, position_BS=position_BS)
 
@@ -156,7 +160,7 @@ def move_at_once(own, order_BS):
 
 def move_one_by_one(own, order_BS):
   """The same, row by row, in place. The compilers for CPUs and TPUs turn the cache into another
-  layout for the gather of all, which takes one or two more of it, wanted or not."""
+  layout for the gather of all: one or two more of it, even in a loop that runs zero times."""
   rows = jax.tree.leaves(own)[0].shape[:-3]  # [B] or [N, B]
 
   def move(at, x, axis):

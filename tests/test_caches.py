@@ -40,7 +40,7 @@ def test_tidy_rows(scanned, dtype):
 
 
 @pytest.mark.parametrize(('scanned', 'dtype'), KINDS)
-def test_tpus_move_the_same_one_by_one(scanned, dtype):
+def test_rows_move_one_by_one_as_at_once(scanned, dtype):
   old = filled(scanned, dtype)
   order = jnp.argsort(jax.random.uniform(jax.random.key(0), (B, S)), axis=1)
   at_once = jax.jit(caches.move_at_once)(old.own, order)

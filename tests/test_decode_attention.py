@@ -22,6 +22,18 @@ def plain(x):
   return Stored(jnp.asarray(x, jnp.float32), None)
 
 
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of CPUs')
+@pytest.mark.parametrize(
+  ('queries', 'slots', 'dtype', 'left'),
+  [(3, 40, 'float32', True), (41, 40, 'float32', False), (3, 40, 'bfloat16', False)]
+  + [(200, 300, 'float32', False)],
+)
+def test_the_larger_goes_left_on_a_cpu(queries, slots, dtype, left):
+  q, k = jnp.zeros((1, 2, queries, 8), dtype), jnp.zeros((1, 2, slots, 8), dtype)
+  text = jax.jit(kernel._scores).lower(q, k).as_text()
+  assert (f'1x2x{slots}x{queries}xf32' in text) == left
+
+
 @pytest.mark.parametrize('backend', kernel.BACKENDS)
 def test_by_hand(backend, monkeypatch):
   """Scores ln 1, ln 2 in the shared part, ln 5 in the row's own, ln 8 of the token itself: weights

@@ -316,7 +316,8 @@ class Decoder:
 
     def kind(window):  # what the layers of one window share
       rotation = rope.rotation(positions_BT, *self._frequencies(window))
-      rotation = jax.lax.optimization_barrier(rotation)  # else every layer computes it anew
+      # Else a CPU computes it in every layer (before JAX 0.11.2 it does all the same).
+      rotation = jax.lax.optimization_barrier(rotation)
       attend = self._attend(packed, window, cache, fresh, mesh)
 
       def block(weights, x, own, shared):
@@ -333,7 +334,7 @@ class Decoder:
     # fast memory, writes it there and copies it back; the one for CPUs (JAX 0.10.2) copies each
     # cache, and takes barriers out before it finds what it may write in place. So the slot needs x.
     if cache is not None and not fresh:
-      never = x.ravel()[0] > jnp.inf
+      never = x[0, 0, 0] > jnp.inf  # not for NaN either, but no compiler concludes that
       cache = dataclasses.replace(cache, slot=jnp.where(never, 0, cache.slot))
     cache = None if cache is None else caches.write(cache, new)
     norm = params['final_norm']['scale']

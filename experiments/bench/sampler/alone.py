@@ -4,8 +4,8 @@
   python experiments/bench/sampler/alone.py --model=qwen2.5_7b --segment=1024       # a GPU
 
 Random weights, prompts of 64 random tokens, 8 samples of each at temperature 1, no token ends one.
-A first turn compiles and is not timed, but for --nowarm; rates are measured before each turn (see
-roofline.py).
+A first turn compiles and is not timed; with --nowarm --repeats=1 the one that compiles is timed.
+Rates are measured before each turn (see roofline.py).
 Prints a line for every shape; --out appends them to a file. Every size of the ladder is compiled.
 With heads of 16 to 128 an H100 reads a cache up to its last used slot, so that --segment=1024, one
 size for all, costs no time there.
@@ -42,7 +42,7 @@ SEGMENT = flags.DEFINE_integer('segment', common.sampler().segment, 'Slots of a 
 ROWS = flags.DEFINE_list('rows', ['64', '256'], 'Samples at a time.')
 NEW = flags.DEFINE_list('new', ['1024'], 'New tokens of each.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed turns.', lower_bound=1)
-WARM = flags.DEFINE_bool('warm', True, 'Whether a turn before compiles; else the first one does.')
+WARM = flags.DEFINE_bool('warm', True, 'Whether a turn that is not timed compiles first.')
 OUT = flags.DEFINE_string('out', '', 'A file that lines are appended to.')
 TRACE = flags.DEFINE_string('trace', '', 'Folder for a profile of one more turn of each shape.')
 PROMPT, SAMPLES = 64, 8
@@ -80,7 +80,7 @@ def main(_) -> None:
   for rows in map(int, ROWS.value):
     for new in map(int, NEW.value):
       seconds, shares, measured = [], [], []
-      for turn in range(not WARM.value, REPEATS.value + 1):
+      for turn in range(0 if WARM.value else 1, REPEATS.value + 1):
         rates = roofline.rates()
         asked = requests(model.vocab_size, rows, new, turn)
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def main(_) -> None:
           'new': new,
           'tokens/s': round(rows * new / float(np.median(seconds))),
           'share of the roofline': float(np.median(shares)),
-          'compiles': not WARM.value,
+          'first compiles': not WARM.value,
           'seconds': seconds,
           'rates': {rate: float(np.median([m[rate] for m in measured])) for rate in measured[0]},
           'device': name,
