@@ -435,7 +435,8 @@ def test_a_step_writes_its_cache_in_place(scan_layers):
   compiled = step.lower(params, tokens(2, 1), *whole(tokens(2, 1)), cache).compile()
   layer = cache.position_BS.size * 2 * 64 * 4  # its keys, or values: two heads of 64 float32
   assert compiled.memory_analysis().alias_size_in_bytes > 6 * layer
-  assert compiled.memory_analysis().temp_size_in_bytes < layer / 2
+  taken = 2 if scan_layers else 0  # by the scan: the keys and values of the layer it is at
+  assert compiled.memory_analysis().temp_size_in_bytes < (taken + 0.5) * layer
 
 
 def test_scanned_and_checkpointed_layers_are_the_unrolled_ones():
